@@ -1,0 +1,65 @@
+"""The one internal row, whether it came from a file, a hub or a sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Message = Mapping[str, Any]
+Kind = Literal["pair", "set", "unpaired", "demonstration"]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer to the prompt: text, or the messages after the prompt when the prompt is a conversation."""
+
+    content: str | tuple[Message, ...]
+    reward: float | None = None  # higher is better
+    label: bool | None = None  # desirable or not
+    logps: tuple[float, ...] | None = None  # the sampler's log-prob of each token
+    source: str | None = None  # which model or person wrote it
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and its responses. A pair is two responses, best first; a set has a reward on each of its K responses;
+    an unpaired row is one response with a label; a demonstration is one response and nothing else."""
+
+    id: str  # given by the data, else "file:line"
+    where: str  # "train.jsonl:412", for messages
+    prompt: str | tuple[Message, ...]
+    responses: tuple[Response, ...]
+    tools: tuple[Any, ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # e.g. enable_thinking
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> Kind:
+        """What the row can feed: by its facts, not by the format it was read from."""
+        if all(r.reward is not None for r in self.responses) and len(self.responses) > 1:
+            return "set"
+        if len(self.responses) == 2:
+            return "pair"
+        return "demonstration" if self.responses[0].label is None else "unpaired"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row in token ids. What the model sees of response k is prompt_ids + response_ids[k]; only the latter is scored."""
+
+    id: str
+    where: str
+    prompt_ids: tuple[int, ...]  # at least one token, BOS included where the template has one
+    response_ids: tuple[tuple[int, ...], ...]  # at least one token each, EOS included where the response really ends
+    reward: tuple[float, ...] | None = None
+    label: tuple[int, ...] | None = None  # +1, -1
+    logps: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """One group as a head sees it: some responses of an example in the layout's order (a pair: best first)."""
+
+    example: int
+    responses: tuple[int, ...]

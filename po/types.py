@@ -1,0 +1,166 @@
+"""The nouns. Dimension key: G groups (prompts), K most responses of a group, S positions of the packed stream,
+T response tokens (flat, never padded), D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+Unit = Literal["group", "response", "token"]
+Layout = Literal["pair", "set", "unpaired", "best"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where each response token sits in the (G, K) grid: ragged where it costs, rectangular where it reads."""
+
+    slot_T: Tensor  # int64, g * K + k of the response that owns token t
+    valid_GK: Tensor  # bool, False where the group has fewer than K responses
+
+    def sum(self, x_T: Tensor) -> Tensor:
+        """Add up each response's tokens: (T,) -> (G, K); 0 where there is no response."""
+        out = x_T.new_zeros(self.valid_GK.numel())
+        return out.index_add(0, self.slot_T, x_T).view(self.valid_GK.shape)
+
+    def mean(self, x_T: Tensor) -> Tensor:
+        """Average over each response's tokens: (T,) -> (G, K); 0 where there is no response."""
+        return self.sum(x_T) / self.length_GK.clamp(min=1)
+
+    def spread(self, x_GK: Tensor) -> Tensor:
+        """Give every token its response's value: (G, K) -> (T,)."""
+        return x_GK.flatten()[self.slot_T]
+
+    @property
+    def length_GK(self) -> Tensor:
+        """Response lengths in tokens, EOS included. Never inferred from values: a zero log-ratio is still a token."""
+        return self.sum(torch.ones_like(self.slot_T))
+
+
+def _given(x: Tensor | None, name: str, need: str) -> Tensor:
+    if x is None:
+        raise LookupError(f"the head reads {name} but does not declare it: add {need} to its Needs")
+    return x
+
+
+@dataclass(frozen=True)
+class HeadInput:
+    """All that a head may look at. What its Needs do not declare is absent, and reading it says which Need to add."""
+
+    seg: Segments
+    policy_T: Tensor  # log pi(y_t | x, y_<t), fp32, carries the gradient
+    ref: Tensor | None = None
+    old: Tensor | None = None
+    token_kl: Tensor | None = None
+    reward: Tensor | None = None
+    label: Tensor | None = None
+    embedding: Tensor | None = None
+    gates: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def ref_T(self) -> Tensor:
+        """log ref(y_t | x, y_<t), fp32, no gradient. (T,)"""
+        return _given(self.ref, "ref_T", "reference=True")
+
+    @property
+    def old_T(self) -> Tensor:
+        """Log-prob under the policy that sampled y. (T,)"""
+        return _given(self.old, "old_T", "behaviour=True")
+
+    @property
+    def token_kl_T(self) -> Tensor:
+        """KL(ref || policy) over the vocabulary at each response position. (T,)"""
+        return _given(self.token_kl, "token_kl_T", "token_kl=True")
+
+    @property
+    def reward_GK(self) -> Tensor:
+        """Scalar score of each response, higher is better; anything where there is no response. (G, K)"""
+        return _given(self.reward, "reward_GK", "reward=True")
+
+    @property
+    def label_GK(self) -> Tensor:
+        """+1 desirable, -1 undesirable, 0 unlabelled. (G, K)"""
+        return _given(self.label, "label_GK", "label=True")
+
+    @property
+    def embedding_GKE(self) -> Tensor:
+        """An embedding of each response. (G, K, E)"""
+        return _given(self.embedding, "embedding_GKE", "embedding=True")
+
+    @property
+    def logratio_T(self) -> Tensor:
+        """log pi(y_t) - log ref(y_t). (T,)"""
+        return self.policy_T - self.ref_T
+
+    @property
+    def logratio_GK(self) -> Tensor:
+        """log pi(y|x) - log ref(y|x), summed over the response's tokens. (G, K)"""
+        return self.seg.sum(self.logratio_T)
+
+    @property
+    def best_GK(self) -> Tensor:
+        """True at each group's best response: the highest reward (the first among equals), or the first response
+        where there are no rewards (pairs are stored best first). (G, K) bool"""
+        rank_GK = self.seg.valid_GK.float() if self.reward is None else self.reward
+        best_G = rank_GK.masked_fill(~self.seg.valid_GK, -torch.inf).argmax(-1)
+        index_K = torch.arange(self.seg.valid_GK.shape[-1], device=best_G.device)
+        return (index_K == best_G[:, None]) & self.seg.valid_GK
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """Un-reduced. The shape is the unit: (G,) group, (G, K) response, (T,) token. Only `objective` averages.
+
+    Metrics are un-reduced likewise; they are averaged over the groups, responses or tokens of a log interval.
+    """
+
+    loss: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a head must be fed; checked against the data before any model is loaded.
+
+    layout: "pair" (two responses, best first), "set" (K >= 2 responses), "unpaired" (one labelled response) or "best"
+        (the best response of a row; in a batch that another head lays out, the best of each group).
+    unit: what the loss is averaged over. Every unit of the batch counts, or with layout "best" those of best_GK.
+    """
+
+    layout: Layout
+    unit: Unit = "group"
+    reference: bool = False
+    reward: bool = False
+    label: bool = False
+    behaviour: bool = False  # old_T: the sampler's own log-probs
+    token_kl: bool = False
+    embedding: bool = False
+    hidden: Literal["policy", "ref"] | None = None  # fed to the module from build()
+    couples_batch: bool = False  # reads statistics across groups (KTO's KL, AOT's sort)
+    stops_gradient: bool = False  # treats something that depends on the policy as a constant
+
+
+class Head(ABC):
+    """An objective. Fields are the hyperparameters, __call__ is the loss, needs says what it must be fed.
+
+    A frozen dataclass that derives from Head directly; never subclass a head.
+    """
+
+    needs: ClassVar[Needs]
+
+    @abstractmethod
+    def __call__(self, x: HeadInput) -> HeadOutput:
+        """Per-unit loss and per-unit metrics. Pure, no averaging, no host synchronisation."""
+
+    def start(self, K: int) -> float | None:
+        """The loss of a group of K responses where policy == reference, if it has one known value."""
+        return None
+
+    def build(self, hidden_size: int) -> nn.Module | None:
+        """Trainable parameters, if any: a module from hidden states (T, D) to {name: gate (T,)}."""
+        return None
