@@ -1,0 +1,232 @@
+"""THE log-prob routine: log pi(y_t | x, y_<t) of response tokens, in fp32, and never a (positions, vocabulary) tensor.
+
+`install` teaches a causal language model to score: called with `at_T` and `target_T`, its forward runs the backbone,
+keeps the hidden states that predict a response token, and walks the LM head over them in chunks. The call goes through
+the wrapped module (DDP, DeepSpeed, PEFT), so their hooks fire. A plain call is untouched.
+
+The chunks' logits live for one chunk at a time, forward and backward. With a frozen head (LoRA) the gradient with
+respect to the hidden states is formed while the chunk is there, so nothing is computed twice; with a trained head the
+chunk is computed again in the backward pass.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from po.forest import Forest, Padded
+
+_CHUNK = {"cuda": 1 << 26, "cpu": 1 << 20}  # logits alive at a time, elements
+
+
+class Scores(NamedTuple):
+    """Per response token, flat (T,): the log-prob (with gradient), the entropy of its distribution (nats; zeros where
+    it was not asked for) and whether the token was the most likely one. The latter two carry no gradient."""
+
+    logp_T: Tensor
+    entropy_T: Tensor
+    correct_T: Tensor
+
+
+class Shape(NamedTuple):
+    """What a model does to its head's output before the softmax: logits = cap * tanh(scale * raw / cap)."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class _Picked(NamedTuple):
+    logp: Tensor
+    entropy: Tensor
+    correct: Tensor
+    prob: Tensor  # (C, V), d logits / d raw folded in, so that d logp / d raw = slope_target * onehot - prob
+    slope: Tensor | None  # slope at the target, None when 1
+
+
+def _pick(raw: Tensor, target: Tensor, shape: Shape, entropy: bool) -> _Picked:
+    """Scores of one chunk from the head's raw output (C, V), in fp32 (float64 stays)."""
+    logits = raw if raw.dtype == torch.float64 else raw.float()
+    if shape.scale != 1.0:
+        logits = logits * shape.scale
+    if shape.softcap is not None:
+        logits = torch.tanh(logits / shape.softcap) * shape.softcap
+    top = logits.amax(-1)
+    at = logits.gather(-1, target[:, None])[:, 0]
+    prob = (logits - top[:, None]).exp_()
+    total = prob.sum(-1)
+    prob = prob.div_(total[:, None])
+    lse = top + total.log()
+    ent = lse - torch.linalg.vecdot(prob, logits) if entropy else torch.zeros_like(lse)
+    slope = None
+    if shape.softcap is not None or shape.scale != 1.0:
+        slope_CV = torch.full_like(logits, shape.scale)
+        if shape.softcap is not None:
+            slope_CV *= 1 - (logits / shape.softcap) ** 2
+        prob.mul_(slope_CV)
+        slope = slope_CV.gather(-1, target[:, None])[:, 0]
+    return _Picked(at - lse, ent, at >= top, prob, slope)
+
+
+def _minus_onehot(p: _Picked, target: Tensor) -> Tensor:
+    """d logp / d raw, negated, (C, V): the scaled probabilities minus the target's slope. In place."""
+    one = torch.ones_like(p.logp) if p.slope is None else p.slope
+    return p.prob.scatter_add_(-1, target[:, None], -one[:, None])
+
+
+class _HeadLogProb(torch.autograd.Function):
+    """Linear head + log-softmax + gather over chunks of rows."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_T: Tensor,
+        shape: Shape,
+        entropy: bool,
+        rows: int,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.shape, ctx.rows, ctx.dtype, ctx.has_bias = shape, rows, dtype, bias_V is not None
+        trains_head = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
+        early = hidden_TD.requires_grad and not trains_head
+        w = weight_VD.to(dtype)
+        b = None if bias_V is None else bias_V.to(dtype)
+        out, grads = [], []
+        for h, y in zip(hidden_TD.split(rows), target_T.split(rows)):
+            p = _pick(nn.functional.linear(h.to(dtype), w, b), y, shape, entropy)
+            out.append((p.logp, p.entropy, p.correct))
+            if early:
+                grads.append(-(_minus_onehot(p, y).to(dtype) @ w))
+        ctx.early = early
+        if early:
+            ctx.save_for_backward(torch.cat(grads) if grads else hidden_TD)
+        else:
+            ctx.save_for_backward(hidden_TD, weight_VD, *(() if bias_V is None else (bias_V,)), target_T)
+        logp_T, entropy_T, correct_T = (torch.cat(x) for x in zip(*out))
+        ctx.mark_non_differentiable(entropy_T, correct_T)
+        return logp_T, entropy_T, correct_T
+
+    @staticmethod
+    def backward(ctx: Any, grad_T: Tensor, *_: Any) -> Any:  # type: ignore[override]
+        if ctx.early:
+            (grad_TD,) = ctx.saved_tensors
+            return (grad_TD * grad_T[:, None].to(grad_TD.dtype), *(None,) * 7)
+        hidden_TD, weight_VD, *bias, target_T = ctx.saved_tensors
+        w = weight_VD.to(ctx.dtype)
+        b = bias[0].to(ctx.dtype) if bias else None
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        grad_w = torch.zeros_like(weight_VD, dtype=grad_T.dtype) if need_weight else None
+        grad_b = torch.zeros_like(bias[0], dtype=grad_T.dtype) if bias and need_bias else None
+        grads = []
+        for h, y, g in zip(hidden_TD.split(ctx.rows), target_T.split(ctx.rows), grad_T.split(ctx.rows)):
+            p = _pick(nn.functional.linear(h.to(ctx.dtype), w, b), y, ctx.shape, False)
+            d = _minus_onehot(p, y).mul_(-g[:, None])
+            if grad_b is not None:
+                grad_b += d.sum(0)
+            d = d.to(ctx.dtype)
+            if need_hidden:
+                grads.append(d @ w)
+            if grad_w is not None:
+                grad_w += d.T @ h.to(ctx.dtype)
+        return (
+            torch.cat(grads).to(hidden_TD.dtype) if need_hidden else None,
+            None if grad_w is None else grad_w.to(weight_VD.dtype),
+            None if grad_b is None else grad_b.to(bias[0].dtype),
+            *(None,) * 5,
+        )
+
+
+def _rows(vocabulary: int, device: torch.device) -> int:
+    return max(16, _CHUNK.get(device.type, _CHUNK["cuda"]) // vocabulary)
+
+
+def _score_linear(head: nn.Linear, hidden_TD: Tensor, target_T: Tensor, shape: Shape, entropy: bool) -> Scores:
+    device = hidden_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_TD.dtype
+    with torch.autocast(device, enabled=False):
+        rows = _rows(head.weight.shape[0], hidden_TD.device)
+        return Scores(*_HeadLogProb.apply(hidden_TD, head.weight, head.bias, target_T, shape, entropy, rows, dtype))
+
+
+def _score_module(head: nn.Module, hidden_TD: Tensor, target_T: Tensor, shape: Shape, entropy: bool) -> Scores:
+    """Any head (LoRA on it, a trained copy of it): each chunk goes through the module and is computed again backward."""
+
+    def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw = head(h)
+        logits = raw if raw.dtype == torch.float64 else raw.float()
+        logits = logits * shape.scale
+        if shape.softcap is not None:
+            logits = torch.tanh(logits / shape.softcap) * shape.softcap
+        log_prob = logits.log_softmax(-1)
+        logp = log_prob.gather(-1, y[:, None])[:, 0]
+        with torch.no_grad():
+            ent = -(log_prob.exp() * log_prob).sum(-1) if entropy else torch.zeros_like(logp)
+            return logp, ent, logp >= log_prob.amax(-1)
+
+    rows = _rows(getattr(head, "out_features", 1 << 16), hidden_TD.device)
+    parts = [
+        checkpoint(chunk, h, y, use_reentrant=False) for h, y in zip(hidden_TD.split(rows), target_T.split(rows))
+    ]
+    return Scores(*(torch.cat(x) for x in zip(*parts)))
+
+
+def _linear_forward(head: nn.Linear, x: Tensor, target_T: Tensor | None = None, **scoring: Any) -> Any:
+    """An LM head's forward that can score in place, so that ZeRO-3 gathers its weight once for all chunks."""
+    if target_T is None:
+        return nn.functional.linear(x, head.weight, head.bias)
+    return tuple(_score_linear(head, x, target_T, **scoring))
+
+
+def _logit_shape(config: Any) -> Shape:
+    text = config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
+    return Shape(scale, getattr(text, "final_logit_softcapping", None))
+
+
+def _scoring_forward(model: Any, *args: Any, at_T: Tensor | None = None, **kwargs: Any) -> Any:
+    if at_T is None:
+        return type(model).forward(model, *args, **kwargs)
+    target_T, entropy = kwargs.pop("target_T"), kwargs.pop("entropy")
+    call = {k: v for k, v in kwargs.items() if v is not None}  # PEFT fills in labels=None and the like
+    hidden_NLD = model.base_model(*args, **call).last_hidden_state
+    hidden_TD = hidden_NLD.flatten(0, 1)[at_T]
+    head, shape = model.get_output_embeddings(), _logit_shape(model.config)
+    if type(head) is nn.Linear:
+        return Scores(*head(hidden_TD, target_T=target_T, shape=shape, entropy=entropy))
+    return _score_module(head, hidden_TD, target_T, shape, entropy)
+
+
+def install(model: nn.Module) -> None:
+    """Teach a `transformers` causal language model to score (before PEFT wraps it). Idempotent.
+
+    Raises ValueError for a model without a backbone or an LM head that can be called apart.
+    """
+    base, head = getattr(model, "base_model", model), model.get_output_embeddings()  # type: ignore[operator]
+    if base is model or head is None:
+        raise ValueError(f"{type(model).__name__} has no backbone and LM head that can be called one after the other")
+    if type(head) is nn.Linear:
+        head.forward = MethodType(_linear_forward, head)  # type: ignore[method-assign]
+    model.forward = MethodType(_scoring_forward, model)  # type: ignore[method-assign]
+
+
+def score(model: nn.Module, stream: Forest | Padded, entropy: bool = False) -> Scores:
+    """Log-probs of all response tokens of a stream, in its order. `model` is what the trainer holds, wrapped or not.
+
+    Returns (T,) fp32 (float64 for a float64 model). `entropy` asks for the entropies too: one more pass over the
+    logits of each chunk.
+    """
+    call: dict[str, Any] = {"at_T": stream.at_T, "target_T": stream.target_T, "entropy": entropy, "use_cache": False}
+    if isinstance(stream, Forest):
+        # A 4-D mask is handed through by transformers' mask builders; the attention function goes by `forest` alone.
+        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=stream.input_S.device)
+        call |= {"input_ids": stream.input_S[None], "position_ids": stream.position_S[None], "forest": stream}
+    else:
+        mask = stream.mask_NL
+        call |= {"input_ids": stream.input_NL}
+    return cast(Scores, model(attention_mask=mask, **call))
