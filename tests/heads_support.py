@@ -1,0 +1,141 @@
+"""Builds what a head reads, at random or from given numbers, for the tests of heads and of the objective."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import annotated_types as at
+import torch
+from torch import Tensor
+
+from po.objective import Parts, counted, objective, scope
+from po.spec import Term
+from po.types import Head, HeadInput, Needs, Segments
+
+F64 = torch.float64
+Lengths = Sequence[Sequence[int]]  # tokens of each response, per group; ragged
+
+LENGTHS: dict[str, Lengths] = {
+    "pair": ((3, 5), (1, 2), (4, 1)),
+    "set": ((3, 1, 4, 2), (2, 5), (1, 1, 1), (6,)),
+    "best": ((3, 1, 4, 2), (2, 5), (1,)),
+    "unpaired": ((3,), (1,), (5,), (2,)),
+}
+
+
+def segments(lengths: Lengths) -> Segments:
+    """Lay responses out in a grid as wide as the largest group."""
+    K = max(len(group) for group in lengths)
+    slots = [[g * K + k] * n for g, group in enumerate(lengths) for k, n in enumerate(group)]
+    valid = [[k < len(group) for k in range(K)] for group in lengths]
+    return Segments(torch.tensor(list(itertools.chain(*slots)), dtype=torch.int64), torch.tensor(valid))
+
+
+def grid(rows: Sequence[Sequence[float]], empty: float = torch.nan, dtype: torch.dtype = F64) -> Tensor:
+    """Ragged numbers as (G, K), with `empty` where a group has no response."""
+    K = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[empty] * (K - len(row))] for row in rows], dtype=dtype)
+
+
+def random_input(
+    needs: Needs, lengths: Lengths | None = None, seed: int = 0, same: bool = False, reward: Tensor | None = None
+) -> HeadInput:
+    """Random float64 inputs with what `needs` declares and nothing else. same: policy == reference."""
+    rng = torch.Generator().manual_seed(seed)
+    seg = segments(lengths or LENGTHS[needs.layout])
+    T, (G, K) = seg.slot_T.numel(), seg.valid_GK.shape
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng, dtype=F64)
+
+    policy_T = -3 * noise(T).abs()
+    other_T = policy_T.clone() if same else policy_T + noise(T)
+    score_GK = 2 * noise(G, K) if reward is None else reward
+    sign_GK = torch.where(noise(G, K) > 0, 1, -1)
+    return HeadInput(
+        seg=seg,
+        policy_T=policy_T.requires_grad_(True),
+        ref=other_T if needs.reference else None,
+        old=other_T if needs.behaviour else None,
+        token_kl=noise(T).abs() if needs.token_kl else None,
+        reward=score_GK.masked_fill(~seg.valid_GK, torch.nan) if needs.reward else None,
+        label=sign_GK.masked_fill(~seg.valid_GK, 0) if needs.label else None,
+        embedding=noise(G, K, 3) if needs.embedding else None,
+    )
+
+
+def input_from_logratios(
+    logratio: Sequence[Sequence[float]],
+    reward: Sequence[Sequence[float]] | None = None,
+    dtype: torch.dtype = F64,
+    lengths: Lengths | None = None,
+) -> HeadInput:
+    """Responses with given log-ratios, spread evenly over their tokens (one each unless lengths are given)."""
+    lengths = lengths or [[1] * len(row) for row in logratio]
+    seg = segments(lengths)
+    share = [v / n for row, sizes in zip(logratio, lengths, strict=True) for v, n in zip(row, sizes, strict=True)]
+    counts = torch.tensor([n for sizes in lengths for n in sizes])
+    logratio_T = torch.tensor(share, dtype=dtype).repeat_interleave(counts)
+    ref_T = torch.full_like(logratio_T, -2.0)
+    scores = None if reward is None else grid(reward, dtype=dtype)
+    return HeadInput(seg, (ref_T + logratio_T).requires_grad_(True), ref=ref_T, reward=scores)
+
+
+def change(x: HeadInput, **fields: Any) -> HeadInput:
+    """A copy with other fields."""
+    return dataclasses.replace(x, **fields)
+
+
+def tensors(x: HeadInput) -> dict[str, Tensor]:
+    """The given per-token and per-response tensors by field name."""
+    named = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+    return {name: t for name, t in named.items() if isinstance(t, Tensor)}
+
+
+def parts(head: Head, x: HeadInput) -> Parts:
+    """The objective of this input alone: the mean over its own units."""
+    over = scope(head.needs)
+    return objective([Term(head)], x, {over: float(counted(x, over).sum())})
+
+
+def loss_and_grad(head: Head, x: HeadInput) -> tuple[Tensor, Tensor]:
+    """The un-reduced loss, and the gradient of its mean over units with respect to policy_T."""
+    policy_T = x.policy_T.detach().requires_grad_(True)
+    out = parts(head, change(x, policy_T=policy_T))
+    (grad_T,) = torch.autograd.grad(out.loss, policy_T)
+    return out.outputs[0].loss.detach(), grad_T
+
+
+def within(value: float, hint: Any) -> bool:
+    """Whether a number keeps the bounds of its Annotated type."""
+    checks = {at.Gt: "__gt__", at.Ge: "__ge__", at.Lt: "__lt__", at.Le: "__le__"}
+    bounds = [(m, n) for m in get_args(hint)[1:] for kind, n in checks.items() if isinstance(m, kind)]
+    return all(getattr(float(value), name)(float(getattr(m, name.strip("_")))) for m, name in bounds)
+
+
+def other_values(hint: Any, default: Any) -> list[Any]:
+    """Other legal values of a field, read off its type."""
+    if hint is bool:
+        return [not default]
+    if get_origin(hint) is Literal:
+        return [v for v in get_args(hint) if v != default]
+    if get_origin(hint) is Annotated:
+        return [v for v in (0.3, 2.0) if v != default and within(v, hint)][:1]
+    return []
+
+
+def variants(cls: type[Head]) -> list[Head]:
+    """The head as it comes, and once more for each other value of each of its fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return [cls(), *(cls(**{f.name: v}) for f in fields for v in other_values(hints[f.name], f.default))]
+
+
+def name_of(head: Head) -> str:
+    """For test ids: the class, and the fields that differ from their defaults."""
+    changed = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}  # type: ignore[arg-type]
+    defaults = dataclasses.asdict(type(head)())  # type: ignore[call-overload]
+    return "-".join([type(head).__name__, *(f"{k}={v}" for k, v in changed.items() if v != defaults[k])])
