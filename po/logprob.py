@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from po.attention import dropped, no_mask, watch
+from po.errors import NumericsError
 from po.forest import Forest, Padded
 
 _CHUNK = {"cuda": 1 << 26, "cpu": 1 << 20}  # logits alive at a time, elements
@@ -81,7 +83,7 @@ class _HeadLogProb(torch.autograd.Function):
     """Linear head + log-softmax + gather over chunks of rows."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,
@@ -113,7 +115,7 @@ class _HeadLogProb(torch.autograd.Function):
         return logp_T, entropy_T, correct_T
 
     @staticmethod
-    def backward(ctx: Any, grad_T: Tensor, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad_T: Tensor, *_: Any) -> Any:
         if ctx.early:
             (grad_TD,) = ctx.saved_tensors
             return (grad_TD * grad_T[:, None].to(grad_TD.dtype), *(None,) * 7)
@@ -155,7 +157,7 @@ def _score_linear(head: nn.Linear, hidden_TD: Tensor, target_T: Tensor, shape: S
 
 
 def _score_module(head: nn.Module, hidden_TD: Tensor, target_T: Tensor, shape: Shape, entropy: bool) -> Scores:
-    """Any head (LoRA on it, a trained copy of it): each chunk goes through the module and is computed again backward."""
+    """Any head (LoRA on it, a trained copy of it): each chunk goes through the module, and again in backward."""
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raw = head(h)
@@ -170,9 +172,7 @@ def _score_module(head: nn.Module, hidden_TD: Tensor, target_T: Tensor, shape: S
             return logp, ent, logp >= log_prob.amax(-1)
 
     rows = _rows(getattr(head, "out_features", 1 << 16), hidden_TD.device)
-    parts = [
-        checkpoint(chunk, h, y, use_reentrant=False) for h, y in zip(hidden_TD.split(rows), target_T.split(rows))
-    ]
+    parts = [checkpoint(chunk, h, y, use_reentrant=False) for h, y in zip(hidden_TD.split(rows), target_T.split(rows))]
     return Scores(*(torch.cat(x) for x in zip(*parts)))
 
 
@@ -212,21 +212,24 @@ def install(model: nn.Module) -> None:
         raise ValueError(f"{type(model).__name__} has no backbone and LM head that can be called one after the other")
     if type(head) is nn.Linear:
         head.forward = MethodType(_linear_forward, head)  # type: ignore[method-assign]
-    model.forward = MethodType(_scoring_forward, model)  # type: ignore[method-assign]
+    model.forward = MethodType(_scoring_forward, model)
 
 
 def score(model: nn.Module, stream: Forest | Padded, entropy: bool = False) -> Scores:
     """Log-probs of all response tokens of a stream, in its order. `model` is what the trainer holds, wrapped or not.
 
     Returns (T,) fp32 (float64 for a float64 model). `entropy` asks for the entropies too: one more pass over the
-    logits of each chunk.
+    logits of each chunk. Raises NumericsError where a forest does not reach the attention layers.
     """
     call: dict[str, Any] = {"at_T": stream.at_T, "target_T": stream.target_T, "entropy": entropy, "use_cache": False}
     if isinstance(stream, Forest):
-        # A 4-D mask is handed through by transformers' mask builders; the attention function goes by `forest` alone.
-        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=stream.input_S.device)
+        mask = no_mask(stream.input_S.device)
         call |= {"input_ids": stream.input_S[None], "position_ids": stream.position_S[None], "forest": stream}
     else:
         mask = stream.mask_NL
         call |= {"input_ids": stream.input_NL}
-    return cast(Scores, model(attention_mask=mask, **call))
+    with watch() as layers:
+        scores = cast(Scores, model(attention_mask=mask, **call))
+    if isinstance(stream, Forest) and not layers:
+        raise NumericsError(dropped(model))
+    return scores
