@@ -11,7 +11,7 @@ Length: sum.
 Bounded below: yes; the loss is in (0, 2), and pairs far from the reference have no gradient.
 Pins the level: yes; the better response's own likelihood is pushed down, the worse one's relative to it.
 Limits: at policy == reference the better response has no gradient and the worse one +b/4.
-Departures: none from the paper; as in TRL 1.16 `apo_down`. HALOs has none. The authors' repository has no loss code.
+Departures: none known; as in TRL 1.16 `apo_down`. HALOs has none. The authors' repository has no loss code.
 Verified: closed form; vectors on which the executed code of TRL 1.16 agrees.
 """
 

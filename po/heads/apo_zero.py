@@ -11,7 +11,7 @@ Length: sum.
 Bounded below: yes; the loss is in (0, 2), and pairs far from the reference have no gradient.
 Pins the level: yes; each response is moved relative to its own reference likelihood, not to the other response.
 Limits: at policy == reference the gradients are -b/4 and +b/4.
-Departures: none from the paper; as in TRL 1.16 `apo_zero`. HALOs has none for pairs. The authors' repository has no
+Departures: none known; as in TRL 1.16 `apo_zero`. HALOs has none for pairs. The authors' repository has no
     loss code.
 Verified: closed form; vectors on which the executed code of TRL 1.16 agrees.
 """

@@ -11,7 +11,7 @@ Length: sum.
 Bounded below: yes; DPO by 0, cDPO by the entropy of (e, 1 - e).
 Pins the level: no; only the difference of the two log-ratios counts, and both likelihoods may fall.
 Limits: e = 0 is InfoNCA with K = 2 and alpha -> inf; cDPO is least at b h = log((1 - e) / e).
-Departures: none from the paper. TRL 1.16 `sigmoid` ignores label_smoothing and trains plain DPO; HALOs has a separate
+Departures: none known. TRL 1.16 `sigmoid` ignores label_smoothing and trains plain DPO; HALOs has a separate
     `cdpo`.
 Verified: closed form; vectors on which the executed code of TRL 1.16, HALOs and eric-mitchell agrees; identities with
     InfoNCA and MPO.

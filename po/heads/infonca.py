@@ -10,7 +10,7 @@ Bounded below: yes, by the entropy of p (metric infonca/label_entropy); the loss
 Pins the level: no; the gradients of a group add up to 0.
 Limits: K = 2 and a -> inf is DPO; K = 2 with p = (1 - e, e) is cDPO; at the optimum log pi/ref = (a/b) R + const.
     A group of one response has loss and gradient 0.
-Departures: none from the paper. The authors' config field temperature_alpha is 1/alpha, and their 1e-4 is one-hot in
+Departures: none known. The authors' config field temperature_alpha is 1/alpha, and their 1e-4 is one-hot in
     fact; their code has K = 4 and adds 0.01 to the first reward. We take any K, ragged, and touch no reward. TRL and
     HALOs have no such loss.
 Verified: closed form; vectors on which the authors' executed code agrees; identities with DPO, cDPO and MPO.

@@ -13,7 +13,7 @@ Length: sum (the paper); mean with length_normalize.
 Bounded below: yes, by 0.
 Pins the level: no.
 Limits: least at h = 1 / (2 t) in every pair; the gradient at policy == reference is 1/t, so small tau wants clipping.
-Departures: none from the paper. TRL 1.16 and HALOs use the mean (TRL: the authors confirmed that the published results
+Departures: none known. TRL 1.16 and HALOs use the mean (TRL: the authors confirmed that the published results
     do); eric-mitchell and OpenRLHF the sum. HALOs divides by the tokens with a non-zero log-ratio: NaN at step 0.
 Verified: closed form; vectors on which the executed code of eric-mitchell (sum), TRL 1.16 and HALOs (mean) agrees.
 """

@@ -10,7 +10,7 @@ Length: sum.
 Bounded below: yes, by 0.
 Pins the level: yes; at the optimum r_k = log(K p_k).
 Limits: K = 2 and a -> inf is TRL's nca_pair. A group of one response has p = 1: it is held at r = 0.
-Departures: none from the paper. The authors' config field temperature_alpha is 1/alpha, and their 1e-4 is one-hot in
+Departures: none known. The authors' config field temperature_alpha is 1/alpha, and their 1e-4 is one-hot in
     fact; their code has K = 4 and adds 0.01 to the first reward. We take any K, ragged, and touch no reward. TRL has
     only the pair with a one-hot label (`nca_pair`), HALOs none.
 Verified: closed form; vectors on which the authors' executed code agrees, and TRL 1.16 for `nca_pair`.
