@@ -1,0 +1,179 @@
+"""Builds everything that a recipe says, in the order that lets wrong recipes and rows fail before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from po.batch import Collate, Groups
+from po.callbacks import training_callbacks
+from po.checkpoint import check_same, newest_sound
+from po.data.layout import arrange, check_needs
+from po.data.prepare import Prepared, prepare
+from po.folder import RunLock, environment
+from po.hardening import keep_shm_clean, refuse_pickles
+from po.policy import load_policy, load_tokenizer, tokenizer_key
+from po.recipe import keep_checkpoints, resolved, training_arguments
+from po.reference import build_reference
+from po.sharing import problem, share
+from po.spec import Recipe
+from po.trainer import POTrainer
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a run, ready to be batched."""
+
+    train: Groups
+    eval: Groups | None
+    prepared: tuple[Prepared, ...]
+    lines: tuple[str, ...]  # what was read and derived, for people
+
+    def to_json(self) -> dict[str, Any]:
+        """The reports of what was read, for data_report.json."""
+        return {p.split: p.report.to_json() | {"key": p.key} for p in self.prepared}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to train."""
+
+    recipe: Recipe
+    data: Data
+    trainer: POTrainer
+    folder: Path
+    lock: RunLock
+
+
+def say(text: str) -> None:
+    """One line for people, from rank 0 alone."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def load_data(recipe: Recipe, tokenizer: Any) -> Data:
+    """Rows -> groups in the layout that the recipe's heads need. Raises UserError for bad rows and unmet needs."""
+    key, spec = tokenizer_key(tokenizer), recipe.data
+    train = prepare(spec, spec.train, tokenizer, key, "train")
+    prepared = [train]
+    layout = check_needs(recipe.loss, train.examples, spec.train[0].path)
+    groups, lines = [], []
+    if spec.eval:
+        prepared.append(prepare(spec, spec.eval, tokenizer, key, "eval"))
+        check_needs(recipe.loss, prepared[1].examples, spec.eval[0].path)
+    for p in prepared:
+        items, line = arrange(p.examples, layout, spec.pairing, spec.pairing_margin, recipe.seed)
+        groups.append(Groups(p.examples, items))
+        lines += [p.report.summary(), line]
+    return Data(groups[0], groups[1] if spec.eval else None, tuple(prepared), tuple(lines))
+
+
+def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
+    """Everything up to the first step. Raises POError for what a user can mend."""
+    folder = Path(recipe.output_dir)
+    lock = RunLock(folder, recipe.resume)
+    for note in notes:
+        say(f"note: {note}")
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)
+    say("\n".join(data.lines))
+    refuse_pickles()
+    keep_shm_clean()
+    args = training_arguments(recipe)  # makes the process group, and switches ZeRO-3's partitioned loading on
+    shared = args.process_index == 0
+    if shared:
+        _write_run_files(folder, recipe, data)
+    torch.manual_seed(recipe.seed)
+    policy, sharing = _policy(recipe, args)
+    reference = build_reference(
+        recipe,
+        [g for g in (data.train, data.eval) if g is not None],
+        share_prefix=sharing,
+        device=args.device,
+        rank=args.process_index,
+        world=args.world_size,
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+    )
+    trainer = POTrainer(
+        model=policy,
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        terms=recipe.loss,
+        collate=Collate(sharing, reference.lookup if reference else None),
+        reference=reference,
+        keep=keep_checkpoints(recipe),
+        meta=_meta(recipe, data, args),
+        callbacks=training_callbacks(recipe, folder),
+    )
+    return Job(recipe, data, trainer, folder, lock)
+
+
+def _policy(recipe: Recipe, args: Any) -> tuple[Any, bool]:
+    """The network to train, and whether it shares prompts."""
+    policy = load_policy(recipe.model, recipe.lora, activation_checkpointing=args.gradient_checkpointing)
+    base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+    reason = problem(base, recipe.data.max_length)
+    wanted = recipe.model.share_prefix
+    if wanted == "auto" and reason:
+        say(f"{type(base).__name__} does not share prompts between responses: {reason}")
+    sharing = wanted is True or (wanted == "auto" and reason is None)
+    if sharing:
+        share(base)
+    return policy, sharing
+
+
+def _meta(recipe: Recipe, data: Data, args: Any) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that saved, so that it ends at the same weights."""
+    return {
+        "world_size": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "rows": data.prepared[0].key,
+        "groups": len(data.train),
+        "seed": recipe.seed,
+        "loss": [repr(t) for t in recipe.loss],
+    }
+
+
+def _write_run_files(folder: Path, recipe: Recipe, data: Data) -> None:
+    (folder / "recipe.resolved.yaml").write_text(resolved(recipe), "utf-8")
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", "utf-8")
+    (folder / "data_report.json").write_text(json.dumps(data.to_json(), indent=2) + "\n", "utf-8")
+
+
+def train(recipe: Recipe, notes: Sequence[str] = ()) -> None:
+    """`po train`: build, train (or resume), save."""
+    job = build(recipe, notes)
+    checkpoint = newest_sound(job.folder) if recipe.resume else None
+    if checkpoint is not None:
+        check_same(checkpoint, job.trainer.meta)
+        say(f"resuming from {checkpoint}")
+    elif recipe.resume:
+        say(f"{job.folder} holds no whole checkpoint: starting from the beginning")
+    job.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    save(job)
+
+
+def save(job: Job) -> None:
+    """The trained adapter or model at the top of the run folder, in safetensors, reopened and compared."""
+    job.trainer.save_model(str(job.folder))
+    job.trainer.save_state()
+
+
+def check(recipe: Recipe) -> str:
+    """`po check`: rows read and tokenized, needs compared, nothing loaded but the tokenizer."""
+    data = load_data(recipe, load_tokenizer(recipe.model))
+    args = recipe.train
+    batch = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
+    steps = -(-len(data.train) // batch)
+    return "\n".join([*data.lines, f"{len(data.train)} groups to train on; one rank makes {steps} steps of {batch} per epoch"])

@@ -1,0 +1,213 @@
+"""transformers.Trainer with a handful of overrides: which rows, no casting, what to count, the loss, what to log.
+
+Everything that decides the objective is here or below in one hop: rows per step (`order`), counts per step over all
+micro-batches and ranks (`get_batch_samples`), log-probs (`logprob`), heads and averaging (`objective`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from po.batch import Batch, Collate, Groups
+from po.callbacks import NonFinite
+from po.checkpoint import sealed_save
+from po.logprob import Scores, score
+from po.metrics import Meter, names, preference_metrics
+from po.objective import Parts, Scope, counted, objective, scope
+from po.order import StepLoader, StepSampler
+from po.reference import Reference, check_start
+from po.sharing import verify
+from po.speed import Speed
+from po.spec import Term
+from po.types import HeadInput
+
+
+class POTrainer(Trainer):
+    """The training loop. Batch sizes count groups (prompts with their responses).
+
+    reference: gives log ref(y_t) of a batch; None where no head needs one.
+    keep: how many checkpoints stay; meta: what a resumed run must have in common with this one.
+    """
+
+    loss_is_scaled_for_ga = True  # the counts cover the whole optimizer step
+
+    def __init__(
+        self,
+        *args: Any,
+        terms: Sequence[Term],
+        collate: Collate,
+        reference: Reference | None,
+        keep: int | None = None,
+        meta: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, data_collator=collate, **kwargs)
+        self.terms = tuple(terms)
+        self.reference = reference
+        self.keep, self.meta = keep, meta or {}
+        self.meter = Meter()
+        self.speed = Speed(self.model, self.args.device, _compute_dtype(self.model, self.args))
+        self._checked = False
+        self._needs_reference = any(t.head.needs.reference for t in terms)
+
+    # Rows
+
+    def _loader(self, groups: Groups, per_device: int, accumulation: int, shuffle: bool) -> StepLoader:
+        sampler = StepSampler(
+            len(groups),
+            per_device,
+            accumulation,
+            self.args.world_size,
+            self.args.process_index,
+            shuffle,
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+        return StepLoader(
+            groups,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        return self._loader(
+            self.train_dataset, self._train_batch_size, self.args.gradient_accumulation_steps, shuffle
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        return self._loader(eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size, 1, shuffle=False)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        return inputs.to(self.args.device)
+
+    # One optimizer step
+
+    def _scopes(self) -> list[Scope]:
+        return sorted({scope(t.head.needs) for t in self.terms})
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[Scope, float]]:
+        """The micro-batches of one optimizer step, and how many units they hold over all ranks."""
+        batches = [next(epoch_iterator) for _ in range(num_batches)]
+        empty = torch.empty(0)
+        local = [[int(counted(b.head_input(empty, None), s).sum()) for s in self._scopes()] for b in batches]
+        total = torch.tensor(local, dtype=torch.float64, device=device).sum(0)
+        counts = dict(zip(self._scopes(), self.accelerator.reduce(total, "sum").tolist(), strict=True))
+        self.speed.count([b.stream for b in batches])
+        return batches, counts
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Mapping[Scope, float] | None = None,
+    ) -> Tensor:
+        """This micro-batch's share of the step's loss, times the ranks (DDP and DeepSpeed divide gradients by them)."""
+        assert num_items_in_batch is not None
+        if not self._checked:
+            self._check_first_batch(model, inputs)
+        parts = self._forward(model, inputs, num_items_in_batch)
+        return parts.loss * self.args.world_size
+
+    def _forward(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> Parts:
+        ref_T = self._reference(model, batch)
+        scores = score(model, batch.stream, entropy=True)
+        x = batch.head_input(scores.logp_T, ref_T)
+        parts = objective(self.terms, x, counts)
+        self._record(x, scores, parts)
+        return parts
+
+    def _reference(self, model: nn.Module, batch: Batch) -> Tensor | None:
+        if not self._needs_reference or batch.ref_T is not None:
+            return batch.ref_T
+        assert self.reference is not None
+        return self.reference.logps(model, batch)
+
+    @torch.no_grad()
+    def _record(self, x: HeadInput, scores: Scores, parts: Parts) -> None:
+        y = replace(x, policy_T=x.policy_T.detach())
+        for name, values, mask in preference_metrics(y, self.terms, parts, scores):
+            self.meter.add(name, values, mask)
+
+    # Checks of the numbers, once, on the first batch
+
+    @torch.no_grad()
+    def _check_first_batch(self, model: nn.Module, batch: Batch) -> None:
+        """The packing equals a plain forward, and the policy starts at its reference; NumericsError otherwise."""
+        self._checked = True
+        training = model.training
+        model.eval()
+        try:
+            verify(model, batch.stream)
+            ref_T = self._reference(model, batch)
+            if ref_T is not None and self.reference.starts_at_policy and self.state.global_step == 0:
+                gap = check_start(score(model, batch.stream).logp_T, ref_T, batch)
+                self.meter.add("init/ref_gap", torch.tensor([gap], device=ref_T.device))
+        finally:
+            model.train(training)
+
+    # Evaluation and logging
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The objective and all metrics over the evaluation rows, exact over batches and ranks."""
+        model = self.model_wrapped
+        training, kept, self.meter = model.training, self.meter, Meter()
+        model.eval()
+        try:
+            with self.speed.paused():
+                for batch in self.get_eval_dataloader(eval_dataset):
+                    self._forward(model, self._prepare_inputs(batch), dict.fromkeys(self._scopes(), 1.0))
+                found = self.meter.flush()
+        finally:
+            model.train(training)
+            self.meter = kept
+        found["loss"] = sum(t.weight * found[f"loss/{name}"] for t, name in zip(self.terms, names(self.terms)))
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last line to a training line."""
+        if "loss" in logs:
+            self.speed.put(self.meter)
+            found = self.meter.flush()
+            self.state.num_input_tokens_seen += self.speed.rates(found)
+            logs |= found | {"num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs: Batch) -> float:
+        """What Trainer adds up as total_flos."""
+        return self.speed.cost(inputs.stream)
+
+    # Saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint that is whole or known not to be; older ones go only after it is sealed."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        write = partial(super()._save_checkpoint, model, trial)
+        with self.speed.paused():
+            sealed_save(folder, write, self.meta, self.keep, self.state.best_model_checkpoint)
+
+
+def _compute_dtype(model: nn.Module, args: Any) -> torch.dtype:
+    """The dtype that matrix products run in."""
+    if args.bf16 or args.fp16:
+        return torch.bfloat16 if args.bf16 else torch.float16
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
