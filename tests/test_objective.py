@@ -88,6 +88,12 @@ def test_an_empty_place_is_never_the_best(empty: float) -> None:
     assert x.best_GK.tolist() == [[False, False, True], [True, False, False]]
 
 
+def test_a_filler_group_has_no_best_response() -> None:
+    x = take(random_input(SFT.needs, LENGTHS), [1])
+    assert x.best_GK.tolist() == [[True, False, False, False], [False] * 4]
+    assert counted(x, ("group", True)).tolist() == [True, False]
+
+
 def test_dpo_with_sft_weighs_pairs_and_chosen_tokens() -> None:
     """0.5 * mean over pairs of DPO + 2 * mean over the tokens of the chosen responses of -log pi."""
     x = random_input(DPO.needs, ((3, 5), (1, 2)))
