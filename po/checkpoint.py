@@ -207,13 +207,13 @@ def sealed_save(
             (folder / _SAVING).touch()
         _agree(None)
         write()
-    except (OSError, RuntimeError, SafetensorError) as e:
-        if not _disk_failed(e, folder):
+        seal(folder, meta)
+    except (OSError, RuntimeError, SafetensorError, SaveError) as e:
+        if not isinstance(e, SaveError) and not _disk_failed(e):
             raise
-        message = _explain(folder, e)
+        message = str(e) if isinstance(e, SaveError) else _explain(folder, e)
         shutil.rmtree(folder, ignore_errors=True)
         raise SaveError(message) from e
-    seal(folder, meta)
     if _rank() == 0:
         rotate(folder.parent, keep, best)
 
@@ -231,7 +231,7 @@ def rotate(run_dir: Path, keep: int | None, best: str | None = None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _disk_failed(error: BaseException, folder: Path) -> bool:
+def _disk_failed(error: BaseException) -> bool:
     """Whether a save failed for the disk. torch and safetensors wrap the system's error in their own."""
     text = f"{error}"
     told = (
