@@ -24,7 +24,7 @@ class Response:
 @dataclass(frozen=True)
 class Row:
     """A prompt and its responses. A pair is two responses, best first; a set has a reward on each of its K responses;
-    an unpaired row is one response with a label; a demonstration is one response and nothing else."""
+    an unpaired row has a label on each response, mostly one; a demonstration is one response and nothing else."""
 
     id: str  # given by the data, else "file:line"
     where: str  # "train.jsonl:412", for messages
@@ -33,28 +33,40 @@ class Row:
     tools: tuple[Any, ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # e.g. enable_thinking
     meta: Mapping[str, Any] = field(default_factory=dict)
+    chosen_first: bool = False  # the data itself names chosen and rejected, whatever the rewards say
 
     @property
     def kind(self) -> Kind:
         """What the row can feed: by its facts, not by the format it was read from."""
         if all(r.reward is not None for r in self.responses) and len(self.responses) > 1:
             return "set"
-        if len(self.responses) == 2:
-            return "pair"
-        return "demonstration" if self.responses[0].label is None else "unpaired"
+        if all(r.label is not None for r in self.responses):
+            return "unpaired"
+        return "pair" if len(self.responses) == 2 else "demonstration"
+
+    @property
+    def is_pair(self) -> bool:
+        """True where the first response is preferred by the data's own word; such a row may have rewards too."""
+        return self.chosen_first or self.kind == "pair"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row in token ids. What the model sees of response k is prompt_ids + response_ids[k]; only the latter is scored."""
+    """A row in token ids. Of response k the model sees prompt_ids + response_ids[k]; only the latter is scored."""
 
     id: str
     where: str
     prompt_ids: tuple[int, ...]  # at least one token, BOS included where the template has one
     response_ids: tuple[tuple[int, ...], ...]  # at least one token each, EOS included where the response really ends
     reward: tuple[float, ...] | None = None
-    label: tuple[int, ...] | None = None  # +1, -1
-    logps: tuple[tuple[float, ...], ...] | None = None
+    label: tuple[int, ...] | None = None  # +1 desirable, -1 not; a pair's are (+1, -1)
+    logps: tuple[tuple[float, ...], ...] | None = None  # the sampler's, one per response token
+    chosen_first: bool = False  # a pair by the data's own word: response 0 is preferred
+
+    @property
+    def is_pair(self) -> bool:
+        """True where response 0 is preferred over response 1 by the data's own word."""
+        return self.chosen_first or (len(self.response_ids) == 2 and self.reward is None and self.label is None)
 
 
 @dataclass(frozen=True)

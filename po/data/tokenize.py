@@ -1,0 +1,167 @@
+"""Rows to token ids. Prompt and responses are rendered together, and the boundary between them is found in token space.
+
+What is scored are the tokens of `prompt + response` after the longest prefix that it shares with the prompt alone and
+with the row's other responses. So the ids are exactly the ones a model sees, also where a token spans the boundary.
+
+Text: the tokenizer's own leading special tokens (BOS), once, and EOS after each response, once. Conversations: what
+the chat template renders, plus EOS only where the template ends a response without any stop token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from po.data.messages import Messages
+from po.data.report import Problem, Say, describe
+from po.data.rows import Row
+from po.errors import UserError
+
+Ids = tuple[int, ...]
+
+
+class RowFaultError(Exception):
+    """A row that cannot be tokenized; carries the problem that the report lists."""
+
+    def __init__(self, where: str, field: str, expected: str, got: object) -> None:
+        super().__init__(where)
+        self.problem = Problem(where, field, expected, describe(got))
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A row's token ids before any length policy. A response may still be empty here."""
+
+    prompt_ids: Ids
+    response_ids: tuple[Ids, ...]
+    merged: str  # the text of prompt tokens that are scored with the response, mostly ""
+    appended: int  # responses whose template ended without a stop token, so that EOS was added
+
+
+class Encoder:
+    """Rows to token ids with one Hugging Face tokenizer. Raises UserError where the tokenizer itself is unfit."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.lead = _leading_specials(tokenizer)
+        self.eos: int | None = tokenizer.eos_token_id
+        added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+        self.stops = added - {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id} | {self.eos}
+        self._blank: dict[int, bool] = {}
+
+    def __call__(self, row: Row) -> Coded:
+        """Token ids of a row. Raises RowFaultError for a row that the template or the tokenizer cannot represent."""
+        if isinstance(row.prompt, str):
+            prompt_ids, full, appended = self._text(row)
+        else:
+            prompt_ids, full, appended = self._conversation(row)
+        shared = _shared_prefix([prompt_ids, *full])
+        if not shared:
+            raise RowFaultError(row.where, "prompt", "at least one token before the response", Say("none"))
+        responses = tuple(ids[shared:] for ids in full)
+        for k, (r, ids) in enumerate(zip(row.responses, responses)):
+            if r.logps is not None and len(r.logps) != len(ids):
+                want = f"{len(ids)} numbers, one per token with its end token"
+                raise RowFaultError(row.where, f"responses[{k}].logps", want, Say(str(len(r.logps))))
+        merged = prompt_ids[shared:]
+        return Coded(prompt_ids[:shared], responses, self.tokenizer.decode(merged) if merged else "", appended)
+
+    def stops_at_end(self, ids: Sequence[int]) -> bool:
+        """Whether a response ends with a stop token: EOS, or the special token with which a template ends a turn.
+
+        White space that the template renders after it does not count.
+        """
+        for i in reversed(ids):
+            if i in self.stops:
+                return True
+            if i not in self._blank:
+                self._blank[i] = not self.tokenizer.decode([i]).strip()
+            if not self._blank[i]:
+                return False
+        return False
+
+    def _ids(self, texts: list[str]) -> list[Ids]:
+        out = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [tuple(ids) for ids in out]
+
+    def _text(self, row: Row) -> tuple[Ids, list[Ids], int]:
+        if self.eos is None:
+            raise UserError(
+                f"{row.where}: the tokenizer has no eos_token, so a plain text response cannot end. Set eos_token in "
+                "the tokenizer's files, or write the rows as messages for a chat template"
+            )
+        texts = [str(row.prompt), *(f"{row.prompt}{r.content}" for r in row.responses)]
+        ids = [i if i[: len(self.lead)] == self.lead else self.lead + i for i in self._ids(texts)]
+        return ids[0], [i if i[-1:] == (self.eos,) else (*i, self.eos) for i in ids[1:]], 0
+
+    def _conversation(self, row: Row) -> tuple[Ids, list[Ids], int]:
+        assert not isinstance(row.prompt, str)
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"{row.where}: the prompt is a conversation, but the tokenizer has no chat template. Name a Jinja file "
+                "in model.chat_template, or write prompt and responses as plain text"
+            )
+        prompt = self._render(row, row.prompt, True)
+        full = [self._render(row, (*row.prompt, *_messages(r.content)), False) for r in row.responses]
+        _check_prompt_kept(row, prompt, full)
+        prompt_ids, *ids = self._ids([prompt, *full])
+        ends = [self.stops_at_end(i) for i in ids]
+        if self.eos is not None:
+            ids = [i if end else (*i, self.eos) for i, end in zip(ids, ends)]
+        return prompt_ids, ids, ends.count(False)
+
+    def _render(self, row: Row, conversation: Messages, generation: bool) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(m) for m in conversation],
+                tools=list(row.tools) if row.tools else None,
+                add_generation_prompt=generation,
+                tokenize=False,
+                **row.template_kwargs,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as e:
+            said = f"{type(e).__name__}: {e}"
+            raise RowFaultError(
+                row.where, "messages", "a conversation that the chat template accepts", Say(said)
+            ) from e
+        return str(rendered)
+
+
+def _messages(content: str | Messages) -> Messages:
+    return ({"role": "assistant", "content": content},) if isinstance(content, str) else content
+
+
+def _leading_specials(tokenizer: Any) -> Ids:
+    """What the tokenizer itself puts before a text, e.g. (BOS,). What it puts after one is not taken over: EOS belongs
+    to where a response really ends."""
+    bare = tuple(tokenizer("a", add_special_tokens=False)["input_ids"])
+    dressed = tuple(tokenizer("a", add_special_tokens=True)["input_ids"])
+    for start in range(len(dressed) - len(bare) + 1):
+        if dressed[start : start + len(bare)] == bare:
+            return dressed[:start]
+    return ()
+
+
+def _shared_prefix(sequences: Sequence[Ids]) -> int:
+    return _agree(min(sequences), max(sequences))  # in lexicographic order, these two differ earliest
+
+
+def _agree(a: Sequence[object], b: Sequence[object]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _check_prompt_kept(row: Row, prompt: str, full: Sequence[str]) -> None:
+    """Once a response follows, a template may render the generation header differently, but not the messages before."""
+    last = str(row.prompt[-1].get("content", "")).strip()  # type: ignore[union-attr]
+    end = prompt.rfind(last) + len(last)
+    if not last or end < len(last):
+        return
+    for k, text in enumerate(full):
+        same = _agree(prompt, text[: len(prompt)]) if not text.startswith(prompt) else len(prompt)
+        if same < end:
+            want = "a chat template that renders the prompt the same with and without a response"
+            got = Say(f"{prompt[same : same + 20]!r} without and {text[same : same + 20]!r} with responses[{k}]")
+            raise RowFaultError(row.where, "prompt", want, got)
