@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from po.types import Head
 
@@ -33,9 +35,9 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class LoraSpec:
-    r: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    r: Annotated[int, Ge(1)] = 16
+    alpha: Annotated[float, Gt(0)] = 32.0
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     exclude_modules: tuple[str, ...] | None = None
     modules_to_save: tuple[str, ...] | None = None
@@ -58,21 +60,21 @@ class Source:
     columns: Mapping[str, str] = field(default_factory=dict)  # ours: theirs, e.g. {prompt: instruction}
     rank_order: RankOrder | None = None  # mandatory where rows carry ranks
     separator: str | None = None  # e.g. "\n\nAssistant:", splits prompt and response in plain strings
-    limit: int | None = None  # the first so many rows
+    limit: Annotated[int, Ge(1)] | None = None  # the first so many rows
 
 
 @dataclass(frozen=True)
 class DataSpec:
     train: tuple[Source, ...]
     eval: tuple[Source, ...] = ()
-    max_length: int = 2048  # prompt + response, tokens
-    max_prompt_length: int | None = None
+    max_length: Annotated[int, Ge(2)] = 2048  # prompt + response, tokens
+    max_prompt_length: Annotated[int, Ge(1)] | None = None
     overlong: Overlong = "drop"
     pairing: PairRule = "best_vs_worst"  # how a pair head derives pairs from a set
-    pairing_margin: float | None = None  # with `margin`: the least reward difference
-    max_bad: float = 0.0  # bad rows the run may go on without: a share below 1, a count from 1 on
-    max_dropped: float = 0.05  # share of rows that `overlong` may drop or cut before the run is refused
-    num_proc: int = 1
+    pairing_margin: Annotated[float, Gt(0)] | None = None  # with `margin`: the least reward difference
+    max_bad: Annotated[float, Ge(0)] = 0.0  # bad rows the run may go on without: a share below 1, a count from 1 on
+    max_dropped: Annotated[float, Ge(0), Le(1)] = 0.05  # share of rows that `overlong` may drop or cut
+    num_proc: Annotated[int, Ge(1)] = 1
     cache_dir: str | None = None  # None: $PO_CACHE/data, else ~/.cache/po/data
 
 
@@ -81,7 +83,7 @@ class Term:
     """One head with its weight in the sum that is the objective."""
 
     head: Head
-    weight: float = 1.0
+    weight: Annotated[float, Gt(0)] = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,4 +97,4 @@ class Recipe:
     train: Mapping[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments by name, checked
     deepspeed: str | Mapping[str, Any] | None = None  # zero0|1|2|3, zero2_offload, zero3_offload, a path, a mapping
     resume: bool = False
-    seed: int = 42
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 42

@@ -1,0 +1,181 @@
+"""The command line: po train | check | heads | export. Thin; it parses words and turns endings into exit codes.
+
+Nothing heavy is imported before a command needs it, so that --help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from po import keys
+from po.endings import ending
+from po.errors import UserError, suggest
+
+EXIT_CODES = """exit codes:
+  0  fine
+  1  a fault of po itself, or of the machine: a traceback follows
+  2  the recipe, the data or the command line is wrong: the message says where and what to do
+  3  out of memory: the message says what to change
+  4  numerics: a NaN or Inf, or a check of the numbers failed
+"""
+OVERRIDES = """A recipe's values can be changed behind it, the last word wins:
+  po %(command)s recipe.yaml train.learning_rate=1e-5 loss.0.beta=0.2
+  po %(command)s recipe.yaml --train.learning_rate 1e-5 --beta=0.2
+"""
+COMMANDS = ("train", "check", "heads", "export")
+_FLAGS = {"check": {"--json", "--schema", "-h", "--help"}, "train": {"-h", "--help"}}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """argparse's own ending, exit code 2, with a suggestion where a word is misspelt."""
+        if "invalid choice: " in message:
+            word = message.split("invalid choice: ")[1].split("'")[1]
+            message = f"there is no command {word!r}.{suggest(word, COMMANDS)} Commands: {', '.join(COMMANDS)}"
+        if "unrecognized arguments: " in message:
+            word = message.split("unrecognized arguments: ")[1].split()[0]
+            options = [o for a in self._actions for o in a.option_strings]
+            message += f".{suggest(word, options)}"
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Overrides are taken out before it sees the words (`separate`)."""
+    top = _Parser(
+        prog="po",
+        description="Preference optimization of language models from one recipe.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = top.add_subparsers(dest="command", metavar="command", required=True, parser_class=_Parser)
+
+    def command(name: str, says: str, epilog: str = "") -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=says,
+            description=says,
+            epilog=epilog.replace("%(command)s", name) + ("\n" if epilog else "") + EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    train = command("train", "train the model of a recipe", OVERRIDES)
+    train.add_argument("recipe", help="a YAML file")
+    check = command("check", "check a recipe and its data without loading a model", OVERRIDES + "\n" + keys.listing())
+    check.add_argument("recipe", nargs="?", help="a YAML file")
+    check.add_argument("--json", action="store_true", help="print what was found as JSON")
+    check.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
+    heads = command("heads", "list the heads, or explain one")
+    heads.add_argument("head", nargs="?", help="e.g. dpo")
+    export = command("export", "write a run's result for use elsewhere, reopen it and check it")
+    export.add_argument("run", type=Path, help="a run's folder")
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--adapter", action="store_true", help="the LoRA adapter")
+    form.add_argument("--merged", action="store_true", help="the whole model, the adapter merged in fp32 and cast last")
+    export.add_argument("--out", type=Path, help="where to write (default: in the run's folder)")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
+    export.add_argument("--eval", metavar="FILE", help="rows on which the drift of log-probs is measured")
+    return top
+
+
+def separate(words: Sequence[str], flags: set[str]) -> tuple[list[str], list[str]]:
+    """Split a command's words into its own and overrides: key=value, --key=value, --key value, --key (true).
+
+    The deepspeed launcher's --local_rank=N is dropped wherever it stands; `--config FILE` names the recipe.
+    """
+    own: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        takes = not equals and rest and not rest[0].startswith("--") and not _is_override(rest[0])
+        if name in ("--local_rank", "--local-rank"):
+            if takes:
+                rest.pop(0)
+        elif name in ("--config", "--recipe"):
+            own.append(value if equals else rest.pop(0) if rest else "")
+        elif word in flags or not (word.startswith("--") or _is_override(word)):
+            own.append(word)
+        elif equals:
+            overrides.append(word)
+        else:
+            overrides.append(f"{word}={rest.pop(0) if takes else 'true'}")
+    return own, overrides
+
+
+def _is_override(word: str) -> bool:
+    return "=" in word and not Path(word).exists()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code (see `po --help`)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return ending(lambda: _run(words))
+
+
+def _run(words: list[str]) -> None:
+    overrides: list[str] = []
+    if words and words[0] in _FLAGS:
+        own, overrides = separate(words[1:], _FLAGS[words[0]])
+        words = [words[0], *own]
+    args = parser().parse_args(words)
+    commands: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {
+        "train": _train,
+        "check": _check,
+        "heads": _heads,
+        "export": _export,
+    }
+    commands[args.command](args, overrides)
+
+
+def _train(args: argparse.Namespace, overrides: list[str]) -> None:
+    from po.recipe import load
+
+    recipe, notes = load(args.recipe, overrides)
+    from po.run import train
+
+    train(recipe, notes)
+
+
+def _check(args: argparse.Namespace, overrides: list[str]) -> None:
+    from po.recipe import load, resolved, schema
+
+    if args.schema:
+        print(json.dumps(schema(), indent=2))
+        return
+    if args.recipe is None:
+        raise UserError("po check: which recipe? Expected a YAML file, e.g. po check recipes/quickstart.yaml")
+    recipe, notes = load(args.recipe, overrides)
+    from po.run import check
+
+    found = check(recipe)
+    if args.json:
+        print(json.dumps({"notes": notes, "found": found.splitlines(), "resolved": resolved(recipe)}, indent=2))
+        return
+    for note in notes:
+        print(f"note: {note}")
+    print(found)
+
+
+def _heads(args: argparse.Namespace, overrides: list[str]) -> None:
+    from po.recipe.explain import explain, listing
+
+    print(listing() if args.head is None else explain(args.head))
+
+
+def _export(args: argparse.Namespace, overrides: list[str]) -> None:
+    from po.export import export_run
+
+    print(export_run(args.run, args.out, args.merged, args.dtype, args.eval))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

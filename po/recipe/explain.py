@@ -1,0 +1,70 @@
+"""What `po heads` says: the list of heads, and one head's formula, fields, needs and source."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from dataclasses import MISSING, fields
+
+from po.errors import UserError, suggest
+from po.heads import HEADS
+from po.recipe.fields import describe, hints, shown
+from po.types import Head, Needs
+
+_LAYOUTS = {
+    "pair": "pairs (derived from sets by data.pairing)",
+    "set": "sets of K >= 2 responses",
+    "unpaired": "single labelled responses",
+    "best": "the best response of each row",
+}
+
+
+def listing() -> str:
+    """One line per head: its name, what it is fed, what it is."""
+    width = max(map(len, HEADS))
+    lines = [f"{name:{width}}  {cls.needs.layout:8}  {_doc(cls).splitlines()[0]}" for name, cls in HEADS.items()]
+    return "\n".join([*lines, "", "`po heads NAME` prints a head's formula, fields, needs and source."])
+
+
+def explain(name: str) -> str:
+    """A head's module docstring, hyperparameters with types, defaults and ranges, needs, and where its code is."""
+    if name not in HEADS:
+        raise UserError(f"po heads: no head is called {name!r}.{suggest(name, HEADS)} Heads: {', '.join(HEADS)}.")
+    cls = HEADS[name]
+    rows = [(f.name, _default(f.default), describe(hints(cls)[f.name])) for f in fields(cls)]  # type: ignore[arg-type]
+    rows.append(("weight", "1.0", "a number > 0; of this term in the sum of `loss`"))
+    width = max(len(r[0]) for r in rows)
+    parts = [
+        f"{name}\n{'=' * len(name)}",
+        _doc(cls),
+        "Hyperparameters:\n" + "\n".join(f"    {n:{width}}  {kind} (default: {d})" for n, d, kind in rows),
+        "Needs:\n" + textwrap.indent(_needs(cls.needs), "    "),
+        "In a recipe:\n    loss:\n      - {"
+        + ", ".join([f"head: {name}", *(f"{n}: {d}" for n, d, _ in rows[:-1])])
+        + "}",
+        f"Source: {inspect.getsourcefile(cls)}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _doc(cls: type[Head]) -> str:
+    return (inspect.getdoc(inspect.getmodule(cls)) or cls.__name__).strip()
+
+
+def _default(value: object) -> str:
+    return "none; it must be given" if value is MISSING else shown(value)
+
+
+def _needs(needs: Needs) -> str:
+    lines = [f"rows: {_LAYOUTS[needs.layout]}", f"averaged over: {needs.unit}s"]
+    wants = {
+        "reference log-probs (`reference:`)": needs.reference,
+        "a reward on every response": needs.reward,
+        "a label on every response": needs.label,
+        "the sampler's log-probs of every response": needs.behaviour,
+        "the KL to the reference at every token": needs.token_kl,
+        "an embedding of every response": needs.embedding,
+        f"hidden states of the {needs.hidden}": needs.hidden,
+        "statistics of the whole batch": needs.couples_batch,
+    }
+    return "\n".join([*lines, *(what for what, wanted in wants.items() if wanted)])
