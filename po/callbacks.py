@@ -104,10 +104,11 @@ def _launchers() -> tuple[int, ...]:
 class Watchdog(TrainerCallback):
     """Ends the process, with the stacks of all threads on stderr, when nothing moves for `seconds`: no step, evaluation
     batch, log line or save. Works while the main thread is blocked in a collective; the launcher then ends the others.
-    0 switches it off."""
+    0 switches it off; None reads PO_WATCHDOG_SECONDS, else half an hour."""
 
-    def __init__(self, seconds: float = 1800.0) -> None:
-        self._seconds, self._step = seconds, 0
+    def __init__(self, seconds: float | None = None) -> None:
+        self._seconds = float(os.environ.get("PO_WATCHDOG_SECONDS", 1800)) if seconds is None else seconds
+        self._step = 0
         self._deadline: float | None = None
         self._done = threading.Event()
 

@@ -156,4 +156,5 @@ def _has_credentials(settings: Any) -> bool:
         known = netrc.netrc(os.environ.get("NETRC"))
     except (OSError, netrc.NetrcParseError):
         return False
-    return known.authenticators(urlparse(str(settings.base_url)).hostname or "") is not None
+    hosts = [urlparse(str(settings.base_url)).netloc, *([] if "WANDB_BASE_URL" in os.environ else ["api.wandb.ai"])]
+    return any(known.authenticators(host) is not None for host in hosts)
