@@ -105,4 +105,4 @@ def _pick(values: Sequence[float] | None, item: Item) -> list[float] | None:
 
 
 def _flat(parts: Sequence[Any]) -> Tensor:
-    return torch.cat([torch.as_tensor(p, dtype=torch.float32) for p in parts])
+    return torch.tensor([x for p in parts for x in p], dtype=torch.float32)

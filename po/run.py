@@ -11,19 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PrinterCallback, ProgressCallback
 
 from po.batch import Collate, Groups
-from po.callbacks import training_callbacks
+from po.callbacks import STOPPED, GracefulStop, NonFinite, Watchdog
 from po.checkpoint import check_same, newest_sound
 from po.data.layout import arrange, check_needs
 from po.data.prepare import Prepared, prepare
 from po.folder import RunLock, environment
 from po.hardening import keep_shm_clean, refuse_pickles
+from po.logs import MetricsFile, Progress
 from po.policy import load_policy, load_tokenizer, tokenizer_key
-from po.recipe import keep_checkpoints, resolved, training_arguments
+from po.recipe import keep_checkpoints, resolved_text, training_arguments
 from po.reference import build_reference
 from po.sharing import problem, share
 from po.spec import Recipe
+from po.trackers import SafeTrackers
 from po.trainer import POTrainer
 
 
@@ -38,7 +41,7 @@ class Data:
 
     def to_json(self) -> dict[str, Any]:
         """The reports of what was read, for data_report.json."""
-        return {p.split: p.report.to_json() | {"key": p.key} for p in self.prepared}
+        return {p.report.split: p.report.to_json() | {"key": p.key} for p in self.prepared}
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Job:
     trainer: POTrainer
     folder: Path
     lock: RunLock
+    stop: GracefulStop
 
 
 def say(text: str) -> None:
@@ -102,6 +106,8 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         world=args.world_size,
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
     )
+    trackers, args.report_to = SafeTrackers(args.report_to, folder), []
+    guard = NonFinite(folder)
     trainer = POTrainer(
         model=policy,
         args=args,
@@ -111,11 +117,23 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         terms=recipe.loss,
         collate=Collate(sharing, reference.lookup if reference else None),
         reference=reference,
+        guard=guard,
         keep=keep_checkpoints(recipe),
         meta=_meta(recipe, data, args),
-        callbacks=training_callbacks(recipe, folder),
     )
-    return Job(recipe, data, trainer, folder, lock)
+    return Job(recipe, data, trainer, folder, lock, _watch(trainer, folder, guard, trackers))
+
+
+def _watch(trainer: POTrainer, folder: Path, guard: NonFinite, trackers: SafeTrackers) -> GracefulStop:
+    """Our callbacks in the place of transformers' printers."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    stop = GracefulStop()
+    for callback in (guard, stop, Watchdog(), MetricsFile(folder), trackers):
+        trainer.add_callback(callback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Progress())
+    return stop
 
 
 def _policy(recipe: Recipe, args: Any) -> tuple[Any, bool]:
@@ -146,7 +164,7 @@ def _meta(recipe: Recipe, data: Data, args: Any) -> dict[str, Any]:
 
 
 def _write_run_files(folder: Path, recipe: Recipe, data: Data) -> None:
-    (folder / "recipe.resolved.yaml").write_text(resolved(recipe), "utf-8")
+    (folder / "recipe.resolved.yaml").write_text(resolved_text(recipe), "utf-8")
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", "utf-8")
     (folder / "data_report.json").write_text(json.dumps(data.to_json(), indent=2) + "\n", "utf-8")
 

@@ -24,7 +24,7 @@ from po.logprob import Scores, score
 from po.metrics import Meter, names, preference_metrics
 from po.objective import Parts, Scope, counted, objective, scope
 from po.order import StepLoader, StepSampler
-from po.reference import Reference, check_start
+from po.reference import Reference, check_start, compute_dtype
 from po.sharing import verify
 from po.speed import Speed
 from po.spec import Term
@@ -34,7 +34,7 @@ from po.types import HeadInput
 class POTrainer(Trainer):
     """The training loop. Batch sizes count groups (prompts with their responses).
 
-    reference: gives log ref(y_t) of a batch; None where no head needs one.
+    reference: gives log ref(y_t) of a batch; None where no head needs one. guard: stops a step that is not finite.
     keep: how many checkpoints stay; meta: what a resumed run must have in common with this one.
     """
 
@@ -46,16 +46,17 @@ class POTrainer(Trainer):
         terms: Sequence[Term],
         collate: Collate,
         reference: Reference | None,
+        guard: NonFinite,
         keep: int | None = None,
         meta: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, data_collator=collate, **kwargs)
         self.terms = tuple(terms)
-        self.reference = reference
+        self.reference, self.guard = reference, guard
         self.keep, self.meta = keep, meta or {}
         self.meter = Meter()
-        self.speed = Speed(self.model, self.args.device, _compute_dtype(self.model, self.args))
+        self.speed = Speed(self.model, self.args.device, _autocast(self.args) or compute_dtype(self.model))
         self._checked = False
         self._needs_reference = any(t.head.needs.reference for t in terms)
 
@@ -119,16 +120,17 @@ class POTrainer(Trainer):
         assert num_items_in_batch is not None
         if not self._checked:
             self._check_first_batch(model, inputs)
-        parts = self._forward(model, inputs, num_items_in_batch)
+        x, parts = self._forward(model, inputs, num_items_in_batch)
+        self.guard.watch(inputs.ids, x, parts.loss)
         return parts.loss * self.args.world_size
 
-    def _forward(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> Parts:
+    def _forward(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Parts]:
         ref_T = self._reference(model, batch)
         scores = score(model, batch.stream, entropy=True)
         x = batch.head_input(scores.logp_T, ref_T)
         parts = objective(self.terms, x, counts)
         self._record(x, scores, parts)
-        return parts
+        return x, parts
 
     def _reference(self, model: nn.Module, batch: Batch) -> Tensor | None:
         if not self._needs_reference or batch.ref_T is not None:
@@ -154,7 +156,8 @@ class POTrainer(Trainer):
             verify(model, batch.stream)
             ref_T = self._reference(model, batch)
             if ref_T is not None and self.reference.starts_at_policy and self.state.global_step == 0:
-                gap = check_start(score(model, batch.stream).logp_T, ref_T, batch)
+                dtype = _autocast(self.args) or compute_dtype(model)
+                gap = check_start(score(model, batch.stream).logp_T, ref_T, batch, dtype)
                 self.meter.add("init/ref_gap", torch.tensor([gap], device=ref_T.device))
         finally:
             model.train(training)
@@ -206,8 +209,6 @@ class POTrainer(Trainer):
             sealed_save(folder, write, self.meta, self.keep, self.state.best_model_checkpoint)
 
 
-def _compute_dtype(model: nn.Module, args: Any) -> torch.dtype:
-    """The dtype that matrix products run in."""
-    if args.bf16 or args.fp16:
-        return torch.bfloat16 if args.bf16 else torch.float16
-    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+def _autocast(args: Any) -> torch.dtype | None:
+    """The dtype of the Trainer's mixed precision, None where it is off."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

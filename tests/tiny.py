@@ -42,7 +42,7 @@ def write_pairs(path: Path, n: int, seed: int = 0) -> Path:
     """n rows of prompt, chosen, rejected."""
     rng = random.Random(seed)
     rows = [
-        {"id": f"pair-{i}", "prompt": _words(rng, 2, 8), "chosen": _words(rng, 1, 6), "rejected": _words(rng, 1, 6)}
+        {"id": f"pair-{i}", "prompt": _words(rng, 2, 8) + " ", "chosen": _words(rng, 1, 6), "rejected": _words(rng, 1, 6)}
         for i in range(n)
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -55,7 +55,7 @@ def write_sets(path: Path, n: int, seed: int = 0) -> Path:
     rows = [
         {
             "id": f"set-{i}",
-            "prompt": _words(rng, 2, 8),
+            "prompt": _words(rng, 2, 8) + " ",
             "responses": [{"content": f"{_words(rng, 1, 6)} w{k}", "reward": rng.random()} for k in range(2 + i % 3)],
         }
         for i in range(n)
