@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +93,8 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
     say("\n".join(data.lines))
     refuse_pickles()
     keep_shm_clean()
-    args = training_arguments(recipe)  # makes the process group, and switches ZeRO-3's partitioned loading on
-    shared = args.process_index == 0
-    if shared:
+    args = _arguments(recipe)
+    if args.process_index == 0:
         _write_run_files(folder, recipe, data)
     torch.manual_seed(recipe.seed)
     policy, sharing = _policy(recipe, args)
@@ -134,6 +135,24 @@ def _watch(trainer: POTrainer, folder: Path, guard: NonFinite, trackers: SafeTra
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Progress())
     return stop
+
+
+def _arguments(recipe: Recipe) -> Any:
+    """TrainingArguments; makes the process groups, and switches ZeRO-3's partitioned loading on."""
+    if recipe.deepspeed is None:
+        return training_arguments(recipe)
+    import deepspeed
+
+    if "RANK" not in os.environ:  # DeepSpeed wants a group also where no launcher made one
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = str(s.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(alone)
+    args = training_arguments(recipe)
+    backend = "gloo" if args.device.type == "cpu" else None
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(seconds=args.ddp_timeout))
+    return args
 
 
 def _policy(recipe: Recipe, args: Any) -> tuple[Any, bool]:
