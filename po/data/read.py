@@ -76,11 +76,11 @@ def _broken_gzip(where: str, e: Exception) -> Record:
 
 def _line(raw: bytes, where: str) -> Record:
     try:
-        return _record(json.loads(raw.decode()), where)
+        return _record(json.loads(raw.rstrip().decode()), where)
     except UnicodeDecodeError as e:
         return _bad(where, "UTF-8", f"byte 0x{raw[e.start]:02x} at column {e.start + 1}")
     except json.JSONDecodeError as e:
-        return _bad(where, "one JSON object per line", f"broken JSON: {e.msg} at column {e.colno}")
+        return _bad(where, "one JSON object per line", f"broken JSON: {e.msg} (column {e.colno})")
     except (RecursionError, ValueError) as e:  # nested too deeply; a number with thousands of digits
         return _bad(where, "one JSON object per line", f"JSON that Python refuses: {e}")
 
@@ -107,7 +107,7 @@ def _array(path: Path, name: str) -> Iterator[Record]:
         try:
             data, at = decoder.raw_decode(text, start)
         except (RecursionError, ValueError) as e:
-            said = f"{e.msg} at line {e.lineno}" if isinstance(e, json.JSONDecodeError) else str(e)
+            said = f"{e.msg} (line {e.lineno})" if isinstance(e, json.JSONDecodeError) else str(e)
             yield _bad(where, "a JSON object", f"broken JSON: {said}; the rows from here on are lost")
             return
         stray = re.search("[\udc80-\udcff]", text[start:at])
