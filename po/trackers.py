@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import netrc
 import os
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 from urllib.parse import urlparse
+from urllib.request import getproxies
 
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
@@ -139,14 +141,22 @@ def _start_wandb(run_dir: Path, patience: float) -> None:
 
     found = wandb.setup().settings
     offline = found.mode in ("offline", "dryrun", "disabled")
-    if not offline and not _has_credentials(found):
-        _say(f"wandb: no API key for {found.base_url}: writing offline files to {run_dir}; `wandb sync` uploads them.")
-        return begin("offline")
     try:
+        if not offline:
+            _check_road(found)
         begin(None)
-    except wandb.errors.Error as e:
+    except (wandb.errors.Error, OSError) as e:
         _say(f"wandb: {_first_line(e)}: writing offline files to {run_dir}; `wandb sync` uploads them.")
         begin("offline")
+
+
+def _check_road(settings: Any) -> None:
+    """OSError, within seconds, where wandb would wait long or ask for a key: no key known, or nobody at the address."""
+    if not _has_credentials(settings):
+        raise PermissionError(f"no API key for {settings.base_url}")
+    url = urlparse(str(settings.base_url))
+    if not getproxies() and url.hostname:
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == "https" else 80)), timeout=5).close()
 
 
 def _has_credentials(settings: Any) -> bool:
