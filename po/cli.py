@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from po import keys
 from po.endings import ending
@@ -22,6 +22,7 @@ EXIT_CODES = """exit codes:
   2  the recipe, the data or the command line is wrong: the message says where and what to do
   3  out of memory: the message says what to change
   4  numerics: a NaN or Inf, or a check of the numbers failed
+  75 asked to stop (SIGTERM, SIGUSR1, Ctrl-C): saved; the same command with resume=true goes on
 """
 OVERRIDES = """A recipe's values can be changed behind it, the last word wins:
   po %(command)s recipe.yaml train.learning_rate=1e-5 loss.0.beta=0.2
@@ -45,8 +46,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The parser of all commands. Overrides are taken out before it sees the words (`separate`)."""
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """A command's words as a namespace. Overrides are taken out before (`separate`). Exits with 2 for unknown words."""
+    top, commands = _parsers()
+    args, extra = top.parse_known_args(words)
+    if extra:
+        commands.choices[args.command].error(f"unrecognized arguments: {' '.join(extra)}")
+    return args
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, Any]:
     top = _Parser(
         prog="po",
         description="Preference optimization of language models from one recipe.",
@@ -82,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, help="where to write (default: in the run's folder)")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
     export.add_argument("--eval", metavar="FILE", help="rows on which the drift of log-probs is measured")
-    return top
+    return top, commands
 
 
 def separate(words: Sequence[str], flags: set[str]) -> tuple[list[str], list[str]]:
@@ -126,7 +135,7 @@ def _run(words: list[str]) -> None:
     if words and words[0] in _FLAGS:
         own, overrides = separate(words[1:], _FLAGS[words[0]])
         words = [words[0], *own]
-    args = parser().parse_args(words)
+    args = parse(words)
     commands: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {
         "train": _train,
         "check": _check,

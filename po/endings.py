@@ -21,11 +21,13 @@ def ending(command: Callable[[], None]) -> int:
 
     With several ranks, a mistake in the recipe is explained by rank 0 alone. PO_DEBUG=1 shows every traceback.
     """
+    code = 0
     try:
-        command()
+        try:
+            command()
+        except SystemExit as e:  # argparse, or a run that was asked to stop
+            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
         sys.stdout.flush()
-    except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
     except POError as e:
         return _explain(e)
     except KeyboardInterrupt:
@@ -38,7 +40,7 @@ def ending(command: Callable[[], None]) -> int:
         if not out_of_memory(e):
             raise
         return _explain(OutOfMemoryError(f"out of memory: {_first_line(e)}\n{_ADVICE}").with_traceback(e.__traceback__))
-    return 0
+    return code
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -24,13 +24,13 @@ def check(recipe: Recipe, given: Mapping[str, Any], report: Report) -> Recipe:
     def sound(*sections: str) -> bool:
         return broken.isdisjoint(sections)
 
-    zero = _zero(recipe, report) if sound("deepspeed", "train") else 0
+    zero = _zero(recipe, sound("train"), report) if sound("deepspeed") else 0
     if sound("model", "lora"):
         _lora(recipe, zero, report)
     if sound("model", "lora", "reference", "loss"):
         recipe = _reference(recipe, given, report)
-    if sound("data", "loss"):
-        _data(recipe, report)
+    if sound("data"):
+        _data(recipe, sound("loss"), report)
     if sound("data", "train"):
         _train(recipe, given, report)
     extra = checkpointing_workaround(recipe.train, _adapted(recipe), recipe.deepspeed) if zero == 3 else {}
@@ -43,13 +43,13 @@ def _adapted(recipe: Recipe) -> bool:
     return recipe.lora is not None or recipe.model.adapter is not None
 
 
-def _zero(recipe: Recipe, report: Report) -> int:
+def _zero(recipe: Recipe, train: bool, report: Report) -> int:
     try:
         config, number = deepspeed_config(recipe.deepspeed), stage(recipe.deepspeed)
     except UserError as e:
         report.wrong((), str(e))
         return 0
-    for theirs, ours in MIRRORED.items():
+    for theirs, ours in MIRRORED.items() if train else ():
         said = (config or {}).get(theirs, "auto")
         if said != "auto" and said != recipe.train.get(ours):
             report.wrong(
@@ -119,7 +119,7 @@ def _adapter_off(recipe: Recipe, report: Report) -> None:
         report.wrong(at, f"adapter_off gives the base model, not {source!r}; write `kind: cached` or `kind: frozen`.")
 
 
-def _data(recipe: Recipe, report: Report) -> None:
+def _data(recipe: Recipe, loss: bool, report: Report) -> None:
     data, layouts = recipe.data, {t.head.needs.layout for t in recipe.loss}
     if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
         report.wrong(
@@ -134,7 +134,7 @@ def _data(recipe: Recipe, report: Report) -> None:
         report.wrong(
             ("data", "pairing_margin"), f"has no effect with `pairing: {data.pairing}`; write `pairing: margin`."
         )
-    if data.pairing != "best_vs_worst" and "pair" not in layouts:
+    if loss and data.pairing != "best_vs_worst" and "pair" not in layouts:
         report.note(f"data.pairing: {data.pairing!r} has no effect, because no head of the recipe takes pairs")
 
 

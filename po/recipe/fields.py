@@ -160,7 +160,7 @@ def parse(cls: type[T], raw: Any, at: Keys, report: Report, renamed: Mapping[str
     for f in fields(cls):  # type: ignore[arg-type]  # every cls is a dataclass
         key = next(k for k, name in keys.items() if name == f.name)
         if f.default is MISSING and f.default_factory is MISSING and key not in raw:
-            report.wrong((*at, key), f"is missing; expected {describe(hints(cls)[f.name])}")
+            report.wrong((*at, key), f"is missing; expected {describe(hints(cls)[f.name])}.")
     return cls(**values) if len(report.problems) == before else None
 
 

@@ -54,12 +54,15 @@ def schema() -> dict[str, Any]:
     }
 
 
-def _section(cls: type) -> dict[str, Any]:
+def _section(cls: Any) -> dict[str, Any]:
     comments = documentation().get(cls.__name__, {})
-    properties = {}
-    for name, hint in hints(cls).items():
-        comment = comments.get(name, ("", ""))[1]
-        properties[name] = {**_json(hint), **({"description": comment} if comment else {})}
+    properties: dict[str, Any] = {}
+    for f in fields(cls):
+        properties[f.name] = _json(hints(cls)[f.name])
+        if comments.get(f.name, ("", ""))[1]:
+            properties[f.name]["description"] = comments[f.name][1]
+        if f.default is not MISSING:
+            properties[f.name]["default"] = list(f.default) if isinstance(f.default, tuple) else f.default
     missing = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
     return {"type": "object", "properties": properties, "required": missing, "additionalProperties": False}
 
