@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_support import ALPACA, CHATML, SHARED, STORIES, assistant, tokenizer, user, write_jsonl
+from data_support import ALPACA, CHATML, LLAMA, SHARED, STORIES, assistant, tokenizer, user, write_jsonl
 from transformers import AutoTokenizer
 
 from po.data.build import Build
@@ -139,6 +139,17 @@ def test_every_row_has_one_fate_and_the_report_names_it(tmp_path: Path) -> None:
     )
     assert balanced(got.report)
     assert DataReport.from_json(json.loads(json.dumps(got.report.to_json()))) == got.report
+
+
+def test_a_row_that_only_the_template_refuses_is_bad_once(tmp_path: Path) -> None:
+    rows: list[Any] = [{"messages": [user(f"q{i}"), assistant("a")]} for i in range(3)]
+    rows[1]["messages"].insert(0, {"role": "system", "content": "s"})
+    got = run(write_jsonl(tmp_path / "t.jsonl", rows), tok=tokenizer(LLAMA), max_bad=1)
+    assert (got.report.counts["bad"], got.report.counts["problems"], got.report.counts["kept"]) == (1, 1, 2)
+    assert balanced(got.report)
+    assert got.report.listings["bad"] == (
+        "t.jsonl:2: messages: expected a conversation that the chat template accepts, got TemplateError: no system role",
+    )
 
 
 def test_losing_too_much_to_the_length_limit_is_refused_with_the_way_out(tmp_path: Path) -> None:
