@@ -148,7 +148,8 @@ def test_a_row_that_only_the_template_refuses_is_bad_once(tmp_path: Path) -> Non
     assert (got.report.counts["bad"], got.report.counts["problems"], got.report.counts["kept"]) == (1, 1, 2)
     assert balanced(got.report)
     assert got.report.listings["bad"] == (
-        "t.jsonl:2: messages: expected a conversation that the chat template accepts, got TemplateError: no system role",
+        "t.jsonl:2: messages: expected a conversation that the chat template accepts, "
+        "got TemplateError: no system role",
     )
 
 
