@@ -30,6 +30,7 @@ class Batch:
     old_T: Tensor | None = None
     reward_GK: Tensor | None = None
     label_GK: Tensor | None = None
+    best_first: bool = False  # pairs stand best first, whatever their rewards say
 
     def to(self, device: torch.device | str) -> Batch:
         """Move, never cast: HF's Trainer would round float inputs to bf16 under DeepSpeed (-734.3 becomes -736)."""
@@ -37,7 +38,8 @@ class Batch:
 
     def head_input(self, policy_T: Tensor, ref_T: Tensor | None) -> HeadInput:
         """What the heads see of this batch."""
-        return HeadInput(self.seg, policy_T, ref=ref_T, old=self.old_T, reward=self.reward_GK, label=self.label_GK)
+        given = {"ref": ref_T, "old": self.old_T, "reward": self.reward_GK, "label": self.label_GK}
+        return HeadInput(self.seg, policy_T, best_first=self.best_first, **given)
 
 
 def _move(x: _T, device: torch.device | str) -> _T:
@@ -63,6 +65,11 @@ class Groups(Dataset[tuple[Example, Item, bool]]):
         item = self.items[pick[0]]
         return self.examples[item.example], item, pick[1]
 
+    def sizes(self) -> list[int]:
+        """Tokens of each item: its prompt once, and its responses."""
+        lengths = [(len(e.prompt_ids), [len(r) for r in e.response_ids]) for e in self.examples]
+        return [lengths[i.example][0] + sum(lengths[i.example][1][k] for k in i.responses) for i in self.items]
+
 
 def _grid(values: Sequence[Sequence[float] | None], K: int, dtype: torch.dtype) -> Tensor | None:
     if any(v is None for v in values):
@@ -73,10 +80,12 @@ def _grid(values: Sequence[Sequence[float] | None], K: int, dtype: torch.dtype) 
 
 @dataclass(frozen=True)
 class Collate:
-    """Groups -> Batch. `reference` looks cached log-probs up; None where the trainer computes them or none are needed."""
+    """Groups -> Batch. `reference` looks cached log-probs up; None where the trainer computes them or none are needed.
+    `best_first`: the items are pairs."""
 
     share_prefix: bool = True
     reference: LookUp | None = None
+    best_first: bool = False
 
     def __call__(self, groups: Sequence[tuple[Example, Item, bool]]) -> Batch:
         K = max(len(item.responses) for _, item, _ in groups)
@@ -97,6 +106,7 @@ class Collate:
             old_T,
             _grid([_pick(e.reward, item) for e, item, _ in groups], K, torch.float32),
             _grid([_pick(e.label, item) for e, item, _ in groups], K, torch.int64),
+            self.best_first,
         )
 
 

@@ -25,8 +25,6 @@ from transformers import TrainerCallback
 from po.errors import NumericsError
 from po.types import HeadInput
 
-STOPPED = 75  # exit code of a run that was asked to stop, saved, and can be resumed (sysexits' EX_TEMPFAIL)
-
 
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -46,7 +44,7 @@ def _any_rank(flag: Tensor) -> bool:
 
 class GracefulStop(TrainerCallback):
     """SIGTERM, SIGUSR1 or Ctrl-C on any rank, or a launcher that has vanished: all ranks save at the end of the step
-    and leave `train`. `stopped` tells the caller why the run is short; it exits with STOPPED. A second Ctrl-C, two
+    and leave `train`. `stopped` tells the caller why the run is short; it exits with 75 (po.errors.Stopped). A second Ctrl-C, two
     seconds or more after the first, ends the process at once."""
 
     def __init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -29,9 +31,13 @@ class NumericsError(POError):
     exit_code = 4
 
 
-def suggest(word: str, known: object) -> str:
-    """' Did you mean 'beta'?' for the nearest of the known words, or '' when none is near."""
-    import difflib
+class Stopped(POError):
+    """The run was asked to stop, saved, and can be resumed."""
 
-    near = difflib.get_close_matches(word, [str(k) for k in known], n=1)  # type: ignore[attr-defined]
+    exit_code = 75  # sysexits' EX_TEMPFAIL
+
+
+def suggest(word: str, known: Iterable[object]) -> str:
+    """' Did you mean 'beta'?' for the nearest of the known words, or '' when none is near."""
+    near = difflib.get_close_matches(word, [str(k) for k in known], n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -77,9 +77,9 @@ def _stays(line: str, step: int) -> bool:
 class Progress(ProgressCallback):
     """One short line per log, with the time left; above it a progress bar where stderr is a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, bars: bool = True) -> None:
         super().__init__()
-        self._bars = sys.stderr.isatty()
+        self._bars = bars and sys.stderr.isatty()
         self._begin = (0, 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

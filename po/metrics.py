@@ -127,7 +127,8 @@ def sides(x: HeadInput, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
         return valid_GK & (x.label_GK > 0), valid_GK & (x.label_GK < 0)
     K = valid_GK.shape[-1]
     index_K = torch.arange(K, device=valid_GK.device)
-    rank_GK = (-index_K).expand_as(valid_GK).float() if x.reward is None else x.reward
+    by_order = x.reward is None or x.best_first
+    rank_GK = (-index_K).expand_as(valid_GK).float() if by_order else x.reward_GK
     lowest_G = K - 1 - rank_GK.masked_fill(~valid_GK, torch.inf).flip(-1).argmin(-1)  # the last among equals
     rejected_GK = (index_K == lowest_G[:, None]) & valid_GK
     return x.best_GK, rejected_GK & ~x.best_GK

@@ -3,11 +3,13 @@
 Step s of an epoch takes rows s*B .. (s+1)*B of the epoch's permutation, where B = per-device batch * accumulation *
 ranks; so 1 x 4, 4 x 1 and 2 ranks x 2 train on the same rows. The last step of an epoch may have fewer; where a
 micro-batch has no row left it gets a filler that counts for nothing, so that all ranks make the same number of calls.
+
+A shuffled run begins with the longest rows of all, so that what does not fit into memory fails in the first minute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +29,7 @@ class StepSampler(Sampler[list[Pick]]):
     rank: int = 0
     shuffle: bool = True
     seed: int = 0
+    sizes: Sequence[int] = ()  # tokens of each item; () leaves the first step to chance
     epoch: int = field(default=0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -46,7 +49,13 @@ class StepSampler(Sampler[list[Pick]]):
         if not self.shuffle:
             return list(range(self.items))
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return torch.randperm(self.items, generator=generator).tolist()
+        order: list[int] = torch.randperm(self.items, generator=generator).tolist()
+        if self.epoch > 0 or not self.sizes:
+            return order
+        step = self.per_device * self.accumulation * self.world
+        longest = sorted(order, key=lambda i: -self.sizes[i])[:step]
+        first = set(longest)
+        return longest + [i for i in order if i not in first]
 
     def __iter__(self) -> Iterator[list[Pick]]:
         order, step = self.order(), self.per_device * self.accumulation * self.world

@@ -16,10 +16,11 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from po.batch import Collate, Groups
-from po.callbacks import STOPPED, GracefulStop, NonFinite, Watchdog
+from po.callbacks import GracefulStop, NonFinite, Watchdog
 from po.checkpoint import check_same, newest_sound
 from po.data.layout import arrange, check_needs
 from po.data.prepare import Prepared, prepare
+from po.errors import Stopped
 from po.folder import RunLock, environment
 from po.hardening import keep_shm_clean, refuse_pickles
 from po.logs import MetricsFile, Progress
@@ -30,6 +31,7 @@ from po.sharing import problem, share
 from po.spec import Recipe
 from po.trackers import SafeTrackers
 from po.trainer import POTrainer
+from po.types import Layout
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Data:
 
     train: Groups
     eval: Groups | None
+    layout: Layout
     prepared: tuple[Prepared, ...]
     lines: tuple[str, ...]  # what was read and derived, for people
 
@@ -79,7 +82,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> Data:
         items, line = arrange(p.examples, layout, spec.pairing, spec.pairing_margin, recipe.seed)
         groups.append(Groups(p.examples, items))
         lines += [p.report.summary(), line]
-    return Data(groups[0], groups[1] if spec.eval else None, tuple(prepared), tuple(lines))
+    return Data(groups[0], groups[1] if spec.eval else None, layout, tuple(prepared), tuple(lines))
 
 
 def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
@@ -116,7 +119,7 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         train_dataset=data.train,
         eval_dataset=data.eval,
         terms=recipe.loss,
-        collate=Collate(sharing, reference.lookup if reference else None),
+        collate=Collate(sharing, reference.lookup if reference else None, data.layout == "pair"),
         reference=reference,
         guard=guard,
         keep=keep_checkpoints(recipe),
@@ -132,8 +135,7 @@ def _watch(trainer: POTrainer, folder: Path, guard: NonFinite, trackers: SafeTra
     stop = GracefulStop()
     for callback in (guard, stop, Watchdog(), MetricsFile(folder), trackers):
         trainer.add_callback(callback)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(Progress())
+    trainer.add_callback(Progress(bars=not trainer.args.disable_tqdm))
     return stop
 
 
@@ -198,6 +200,11 @@ def train(recipe: Recipe, notes: Sequence[str] = ()) -> None:
     elif recipe.resume:
         say(f"{job.folder} holds no whole checkpoint: starting from the beginning")
     job.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if job.stop.stopped:
+        raise Stopped(
+            f"stopped on request and saved at step {job.trainer.state.global_step}; the same command with resume=true "
+            "goes on from there"
+        )
     save(job)
 
 
@@ -213,4 +220,6 @@ def check(recipe: Recipe) -> str:
     args = recipe.train
     batch = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
     steps = -(-len(data.train) // batch)
-    return "\n".join([*data.lines, f"{len(data.train)} groups to train on; one rank makes {steps} steps of {batch} per epoch"])
+    return "\n".join(
+        [*data.lines, f"{len(data.train)} groups to train on; one rank makes {steps} steps of {batch} per epoch"]
+    )

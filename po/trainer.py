@@ -71,6 +71,7 @@ class POTrainer(Trainer):
             self.args.process_index,
             shuffle,
             self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            groups.sizes() if shuffle else (),
         )
         return StepLoader(
             groups,
@@ -82,9 +83,7 @@ class POTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         shuffle = self.args.train_sampling_strategy != "sequential"
-        return self._loader(
-            self.train_dataset, self._train_batch_size, self.args.gradient_accumulation_steps, shuffle
-        )
+        return self._loader(self.train_dataset, self._train_batch_size, self.args.gradient_accumulation_steps, shuffle)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         return self._loader(eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size, 1, shuffle=False)

@@ -60,6 +60,7 @@ class HeadInput:
     reward: Tensor | None = None
     label: Tensor | None = None
     embedding: Tensor | None = None
+    best_first: bool = False  # the responses stand best first, whatever their rewards say: pairs
     gates: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -104,12 +105,14 @@ class HeadInput:
 
     @property
     def best_GK(self) -> Tensor:
-        """True at each group's best response: the highest reward (the first among equals), or the first response
-        where there are no rewards (pairs are stored best first). (G, K) bool"""
-        rank_GK = self.seg.valid_GK.float() if self.reward is None else self.reward
+        """True at each group's best response: the first where they stand best first or have no rewards, else the one
+        with the highest reward (the first among equals). Never one that is labelled undesirable. (G, K) bool"""
+        by_reward = self.reward is not None and not self.best_first
+        rank_GK = self.reward_GK if by_reward else self.seg.valid_GK.float()
         best_G = rank_GK.masked_fill(~self.seg.valid_GK, -torch.inf).argmax(-1)
         index_K = torch.arange(self.seg.valid_GK.shape[-1], device=best_G.device)
-        return (index_K == best_G[:, None]) & self.seg.valid_GK
+        best_GK = (index_K == best_G[:, None]) & self.seg.valid_GK
+        return best_GK if self.label is None else best_GK & (self.label >= 0)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ def steps(items: int, per_device: int, accumulation: int, world: int, epoch: int
 
 
 @pytest.mark.parametrize("items", [1, 7, 8, 17, 32])
-@pytest.mark.parametrize(("per_device", "accumulation", "world"), [(1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2), (2, 1, 4)])
+@pytest.mark.parametrize(
+    ("per_device", "accumulation", "world"), [(1, 8, 1), (2, 2, 2), (1, 4, 2), (4, 1, 2), (2, 1, 4)]
+)
 def test_every_split_takes_the_same_rows(items: int, per_device: int, accumulation: int, world: int) -> None:
     whole = steps(items, 8, 1, 1)
     assert steps(items, per_device, accumulation, world) == whole
@@ -57,3 +59,17 @@ def test_a_resumed_epoch_continues_where_it_stopped() -> None:
 class _Echo(Dataset[object]):
     def __getitem__(self, pick: object) -> object:
         return pick
+
+
+def test_a_shuffled_run_begins_with_the_longest_rows_and_the_largest_micro_batch() -> None:
+    sizes = [(7 * i) % 31 for i in range(31)]
+    sampler = StepSampler(31, 2, 3, seed=1, sizes=sizes)
+    batches = list_of(sampler)
+    assert sorted(i for b in batches for i in b) == list(range(31))
+    assert [sizes[i] for b in batches[:3] for i in b] == [30, 29, 28, 27, 26, 25]
+    sampler.set_epoch(1)
+    assert list_of(sampler) == list_of(StepSampler(31, 2, 3, seed=1, epoch=1))
+
+
+def list_of(sampler: StepSampler) -> list[list[int]]:
+    return [[i for i, counts in batch if counts] for batch in sampler]

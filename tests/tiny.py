@@ -42,7 +42,12 @@ def write_pairs(path: Path, n: int, seed: int = 0) -> Path:
     """n rows of prompt, chosen, rejected."""
     rng = random.Random(seed)
     rows = [
-        {"id": f"pair-{i}", "prompt": _words(rng, 2, 8) + " ", "chosen": _words(rng, 1, 6), "rejected": _words(rng, 1, 6)}
+        {
+            "id": f"pair-{i}",
+            "prompt": _words(rng, 2, 8) + " ",
+            "chosen": _words(rng, 1, 6),
+            "rejected": _words(rng, 1, 6),
+        }
         for i in range(n)
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -64,13 +69,13 @@ def write_sets(path: Path, n: int, seed: int = 0) -> Path:
     return path
 
 
-def write_recipe(path: Path, model: Path, data: Path, out: Path, **changes: Any) -> Path:
+def write_recipe(path: Path, net: Path, rows: Path, out: Path, **changes: Any) -> Path:
     """A DPO + LoRA recipe in fp32; `changes` replace top-level sections, `train` is merged in."""
     train = {"learning_rate": 0.01, "per_device_train_batch_size": 4, "num_train_epochs": 1, "logging_steps": 1}
     recipe: dict[str, Any] = {
-        "model": {"name_or_path": str(model), "dtype": "float32"},
+        "model": {"name_or_path": str(net), "dtype": "float32"},
         "lora": {"r": 4, "alpha": 8},
-        "data": {"train": str(data), "cache_dir": str(path.parent / "cache")},
+        "data": {"train": str(rows), "cache_dir": str(path.parent / "cache")},
         "reference": {"from": "init", "kind": "cached", "cache_dir": str(path.parent / "cache")},
         "loss": [{"head": "dpo", "beta": 0.5}],
         "output_dir": str(out),
