@@ -175,8 +175,7 @@ def _trained_log_probs(run: Run, net: Any, examples: list[Example]) -> Tensor:
 
 
 def _four_bit(run: Run) -> bool:
-    there = importlib.util.find_spec("bitsandbytes") is not None and torch.cuda.is_available()
-    return run.base.load_in_4bit and not run.sharded and there
+    return run.base.load_in_4bit and not run.sharded and importlib.util.find_spec("bitsandbytes") is not None
 
 
 def _drift(run: Run, truth_T: Tensor, found_T: Tensor, dtype: str, rows: int) -> Drift:
@@ -185,7 +184,7 @@ def _drift(run: Run, truth_T: Tensor, found_T: Tensor, dtype: str, rows: int) ->
     if _four_bit(run):
         against = "the adapter on its 4-bit base"
     elif run.base.load_in_4bit:
-        against += " (not 4-bit as in training: that needs bitsandbytes and a GPU)"
+        against += " (not in 4 bits as in training: that needs bitsandbytes)"
     drift = Drift(gap_T.max().item(), gap_T.mean().item(), gap_T.numel(), rows, against)
     if not _four_bit(run) and not tolerance(getattr(torch, dtype)).allows(gap_T):
         raise NumericsError(f"the export is not the model that was trained. {_drift_line(drift)}")

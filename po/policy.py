@@ -152,15 +152,21 @@ def _load_base(model: ModelSpec) -> Any:
     dtype = getattr(torch, checkpoint_dtype(folder) if model.dtype == "auto" else model.dtype)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     _without_dropout(config)
-    net, info = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=model.trust_remote_code,
-        output_loading_info=True,
-        **(_four_bit(dtype) if model.load_in_4bit else {}),
-    )
+    quantized = _four_bit(dtype) if model.load_in_4bit else {}
+    try:
+        net, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **quantized,
+        )
+    except (ImportError, RuntimeError) as e:
+        if not quantized:
+            raise
+        raise UserError(f"model.load_in_4bit: bitsandbytes does not run on this machine: {e}") from e
     if info["missing_keys"]:
         raise UserError(
             f"model.name_or_path: the weights in {folder} lack {len(info['missing_keys'])} tensors that "
@@ -197,8 +203,6 @@ def _four_bit(dtype: torch.dtype) -> dict[str, Any]:
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError("model.load_in_4bit: needs the package bitsandbytes; pip install 'po[qlora]'")
-    if not torch.cuda.is_available():
-        raise UserError("model.load_in_4bit: needs an NVIDIA GPU, and this process sees none; set it to false")
     if is_deepspeed_zero3_enabled():
         raise UserError("model.load_in_4bit: ZeRO-3 cannot partition 4-bit weights; use `deepspeed: zero2`")
     compute = torch.bfloat16 if dtype == torch.float32 else dtype
@@ -208,4 +212,5 @@ def _four_bit(dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
     )
-    return {"quantization_config": quantization, "device_map": {"": torch.cuda.current_device()}}
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": quantization, "device_map": {"": device}}

@@ -44,11 +44,13 @@ def tolerance(dtype: torch.dtype) -> Tolerance:
 
 
 def compute_dtype(model: nn.Module) -> torch.dtype:
-    """The coarsest dtype that takes part in a forward: autocast's where it is on, else that of the parameters."""
+    """The coarsest dtype that takes part in a forward: autocast's where it is on, else that of the parameters or that
+    which 4-bit layers compute in."""
     parameter = next(model.parameters())
     if torch.is_autocast_enabled(parameter.device.type):
         return torch.get_autocast_dtype(parameter.device.type)
     floats = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    floats |= {d for m in model.modules() if isinstance(d := getattr(m, "compute_dtype", None), torch.dtype)}
     return max(floats, key=lambda dtype: torch.finfo(dtype).eps)
 
 

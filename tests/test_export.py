@@ -13,6 +13,7 @@ import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
+from test_policy import FOUR_BIT_SIZE, STORIES, needs_bitsandbytes
 from test_reference import disturb
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,10 +36,14 @@ def logps(net: torch.nn.Module) -> torch.Tensor:
 
 
 def make_run(
-    tmp_path: Path, config: dict | None = None, overrides: tuple[str, ...] = (), **changes: object
+    tmp_path: Path,
+    config: dict | None = None,
+    base: Path | None = None,
+    overrides: tuple[str, ...] = (),
+    **changes: object,
 ) -> tuple[Path, torch.Tensor]:
     """A finished run folder, as the trainer leaves it, and the trained model's log-probs of a text."""
-    model = tiny.make_model(tmp_path / "base", **(config or {}))
+    model = base or tiny.make_model(tmp_path / "base", **(config or {}))
     data = tiny.write_pairs(tmp_path / "pairs.jsonl", 6)
     run = tmp_path / "run"
     run.mkdir()
@@ -64,10 +69,13 @@ LORAS = {
 }
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS)
-def test_both_exports_give_the_trained_log_probs(tmp_path: Path, lora: dict, tied: bool) -> None:
-    run, truth = make_run(tmp_path, {"tie_word_embeddings": tied}, lora=lora)
+@pytest.mark.parametrize(
+    ("lora", "tied"),
+    [(name, False) for name in ("lora", "rslora", "dora", "saved head")]
+    + [(name, True) for name in ("saved head", "saved embedding", "head", "embedding", "both")],
+)
+def test_both_exports_give_the_trained_log_probs(tmp_path: Path, lora: str, tied: bool) -> None:
+    run, truth = make_run(tmp_path, {"tie_word_embeddings": tied}, lora=LORAS[lora])
     report = export_run(run, tmp_path / "adapter", merged=False)
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logps(plain), truth, rtol=0, atol=5e-5)
@@ -159,6 +167,33 @@ def test_full_fine_tuning(tmp_path: Path) -> None:
     torch.testing.assert_close(logps(AutoModelForCausalLM.from_pretrained(tmp_path / "m")), truth, rtol=0, atol=1e-6)
 
 
+@needs_bitsandbytes
+def test_qlora_is_merged_into_the_unquantized_base(tmp_path: Path) -> None:
+    run, quantized = make_run(tmp_path, FOUR_BIT_SIZE, overrides=("model.load_in_4bit=true",))
+    report = export_run(run, tmp_path / "m", merged=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert not hasattr(merged.config, "quantization_config")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), run)
+    torch.testing.assert_close(logps(merged), logps(plain), rtol=0, atol=1e-5)
+    drift = json.loads((tmp_path / "m" / "export.json").read_text())["drift"]
+    assert drift["against"] == "the adapter on its 4-bit base"
+    assert "against the adapter on its 4-bit base" in report
+    assert 1e-4 < drift["largest"] < 1
+    assert 1e-4 < (logps(merged) - quantized).abs().max() < 1
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the model stories260k is not here")
+def test_a_real_model_with_tied_embeddings(tmp_path: Path) -> None:
+    run, truth = make_run(tmp_path, base=STORIES, lora={"r": 8, "modules_to_save": ["lm_head"]})
+    for merged in (False, True):
+        export_run(run, tmp_path / f"out-{merged}", merged)
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(STORIES), tmp_path / "out-False")
+    torch.testing.assert_close(logps(plain), truth, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        logps(AutoModelForCausalLM.from_pretrained(tmp_path / "out-True")), truth, rtol=0, atol=1e-4
+    )
+
+
 # What is refused
 
 
@@ -177,13 +212,12 @@ def test_full_fine_tuning(tmp_path: Path) -> None:
     ],
     ids=["empty tensors", "no tensors", "nan", "a tensor missing", "a wrong shape"],
 )
-@pytest.mark.parametrize("merged", [False, True])
-def test_broken_adapters(tmp_path: Path, break_it: object, error: type, text: str, merged: bool) -> None:
+def test_broken_adapters(tmp_path: Path, break_it: object, error: type, text: str) -> None:
     run, _ = make_run(tmp_path)
     file = run / "adapter_model.safetensors"
     save_file({k: v.contiguous() for k, v in break_it(load_file(file)).items()}, file, metadata={"format": "pt"})
     with pytest.raises(error, match=text):
-        export_run(run, tmp_path / "out", merged)
+        export_run(run, tmp_path / "out", merged=False)
     manifest = tmp_path / "out" / "export.json"
     assert not manifest.exists() or not json.loads(manifest.read_text())["complete"]
 

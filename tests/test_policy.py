@@ -1,5 +1,6 @@
 """Loading: tokenizers, fingerprints, models and adapters; what is refused and how it says so."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from po.errors import UserError
 from po.policy import fingerprint, load_frozen, load_policy, load_tokenizer, plainly, tokenizer_key
 from po.spec import LoraSpec, ModelSpec
 
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no bitsandbytes")
+FOUR_BIT_SIZE = {"hidden_size": 64, "intermediate_size": 128}  # blocks of 64 values
 STORIES = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
 
 
@@ -254,9 +257,24 @@ def test_four_bit_says_what_it_needs(model_dir: Path) -> None:
     spec = ModelSpec(str(model_dir), load_in_4bit=True)
     with pytest.raises(UserError, match=r"4-bit weights cannot be trained; add `lora: {}`"):
         load_policy(spec, None)
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match=r"needs the package bitsandbytes|needs an NVIDIA GPU"):
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(UserError, match=r"model.load_in_4bit: needs the package bitsandbytes; pip install"):
             load_policy(spec, LoraSpec())
+
+
+@needs_bitsandbytes
+def test_qlora_trains_the_adapter_on_a_4_bit_base(tmp_path: Path) -> None:
+    model_dir = tiny.make_model(tmp_path / "m", **FOUR_BIT_SIZE)
+    net = load_policy(ModelSpec(str(model_dir), load_in_4bit=True), LoraSpec(r=4)).train()
+    assert type(net.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert {p.dtype for p in trainable(net).values()} == {torch.float32}
+    device = next(net.parameters()).device
+    ids = torch.arange(3, 13, device=device)[None]
+    net(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in trainable(net).values())
+    base = load_frozen(ModelSpec(str(model_dir)))
+    gap = (logits(base) - net.eval()(input_ids=ids).logits.cpu()).abs().max()
+    assert 1e-4 < gap < 0.5  # quantized, and the same model
 
 
 # Adapters

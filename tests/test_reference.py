@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from test_policy import FOUR_BIT_SIZE, STORIES, needs_bitsandbytes
 
 from po.batch import Collate, Groups
 from po.data.rows import Example, Item
@@ -207,20 +208,14 @@ def test_never_reused_across_weights_dtype_tokens_or_truncation(models: dict[str
         r, identity(r.model, r.reference)
     )
     rng = random.Random(3)
+    cache = RefCache(LogpStore(cache_folder(r, identity(r.model, r.reference)), {}), True, None)
     for _ in range(200):  # any other token ids: an edited row, another template, another truncation
-        i = rng.randrange(6)
-        e = groups.examples[i]
-        changed_e = rng.choice([edit_prompt, cut_prompt, cut_response, move_boundary, edit_response])(e, rng)
-        if changed_e is None or changed_e == e:
-            continue
-        different = {
-            k
-            for k in range(len(e.response_ids))
-            if (e.prompt_ids, e.response_ids[k]) != (changed_e.prompt_ids, changed_e.response_ids[k])
-        }
-        assert work(r, [Groups([changed_e], [Item(0, tuple(range(len(e.response_ids))))])]) == len(
-            {(changed_e.prompt_ids, changed_e.response_ids[k]) for k in different}
-        )
+        e = groups.examples[rng.randrange(6)]
+        new = rng.choice([edit_prompt, cut_prompt, cut_response, move_boundary, edit_response])(e, rng)
+        everything = tuple(range(len(e.response_ids)))
+        before, after = ({(x.prompt_ids, x.response_ids[k]) for k in everything} for x in (e, new))
+        todo = cache.missing([Groups([new], [Item(0, everything)])])
+        assert sum(len(w.item.responses) for w in todo) == len(after - before)
 
 
 def edit_prompt(e: Example, rng: random.Random) -> Example:
@@ -228,20 +223,18 @@ def edit_prompt(e: Example, rng: random.Random) -> Example:
     return replace(e, prompt_ids=(*e.prompt_ids[:i], 60, *e.prompt_ids[i + 1 :]))
 
 
-def cut_prompt(e: Example, rng: random.Random) -> Example | None:
-    return replace(e, prompt_ids=e.prompt_ids[1:]) if len(e.prompt_ids) > 1 else None
+def cut_prompt(e: Example, rng: random.Random) -> Example:
+    return replace(e, prompt_ids=e.prompt_ids[1:] or (61,))
 
 
 def cut_response(e: Example, rng: random.Random) -> Example:
     return replace(e, response_ids=tuple(r[:-1] or (61,) for r in e.response_ids))
 
 
-def move_boundary(e: Example, rng: random.Random) -> Example | None:
-    """The same text, another token scored: prompt + response is equal."""
-    if len(e.response_ids[0]) < 2:
-        return None
+def move_boundary(e: Example, rng: random.Random) -> Example:
+    """The same text, other tokens scored: prompt + response is equal."""
     first = e.response_ids[0]
-    return replace(e, prompt_ids=(*e.prompt_ids, first[0]), response_ids=(first[1:], *e.response_ids[1:]))
+    return replace(e, prompt_ids=(*e.prompt_ids, first[0]), response_ids=(first[1:] or (61,), *e.response_ids[1:]))
 
 
 def edit_response(e: Example, rng: random.Random) -> Example:
@@ -287,6 +280,7 @@ def test_ranks_share_the_work(models: dict[str, str], tmp_path: Path) -> None:
     assert not stores[0].missing([groups])
 
 
+@pytest.mark.slow
 def test_two_processes_build_one_cache(models: dict[str, str], tmp_path: Path) -> None:
     code = """
 import sys, torch
@@ -507,6 +501,56 @@ def test_check_start_knows_the_dtype(models: dict[str, str]) -> None:
         NumericsError, match=r"In torch.bfloat16 the same weights differ by 2 at most, 0.08 in the mean"
     ):
         check_start(policy_T, b, batch, torch.bfloat16)
+
+
+@needs_bitsandbytes
+def test_qlora_has_its_4_bit_base_as_reference(tmp_path: Path) -> None:
+    folder = str(tiny.make_model(tmp_path / "m", **FOUR_BIT_SIZE))
+    model = ModelSpec(folder, load_in_4bit=True)
+    r, groups = recipe(model, tmp_path), rows(6)
+    batch = batch_of(groups, build_reference(r, [groups]).lookup)
+    policy = load_policy(model, LORA).eval()
+    share(policy)
+    assert compute_dtype(policy) == torch.bfloat16
+    device = next(policy.parameters()).device
+    policy_T = score(policy, batch.to(device).stream).logp_T.cpu()
+    check_start(policy_T, batch.ref_T, batch, compute_dtype(policy))
+    assert (batch.ref_T - live(ModelSpec(folder), groups)).abs().max() > 1e-3  # not the unquantized one's
+    assert work(replace(r, model=ModelSpec(folder)), [groups]) > 0
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the model stories260k is not here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_tolerances_on_a_real_model(tmp_path: Path, dtype: str) -> None:
+    """The same weights in other batches stay well inside; weights that one training step could make lie outside, as
+    far as the dtype can tell. `pytest -s` prints the table of docs/reference.md."""
+    rng = random.Random(0)
+
+    def text(low: int, high: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, 512) for _ in range(rng.randint(low, high)))
+
+    examples = [
+        Example(f"r{i}", f"r:{i}", (1, *text(20, 150)), tuple(text(10, 120) for _ in range(4))) for i in range(4)
+    ]
+    groups = Groups(examples, [Item(i, (0, 1, 2, 3)) for i in range(4)])
+    r = recipe(ModelSpec(str(STORIES), dtype=dtype), tmp_path)
+    cached_T = batch_of(groups, build_reference(r, [groups]).lookup).ref_T
+    same_T = (cached_T - live(r.model, groups)).abs()
+    limit = tolerance(getattr(torch, dtype))
+    print(f"\n| {dtype} | {same_T.numel()} | {same_T.max():.2g} | {same_T.mean():.2g} |", end=" ")
+    assert same_T.max() < limit.largest / 2
+    assert same_T.mean() < limit.mean / 2
+    moved = load_frozen(r.model)
+    share(moved)
+    generator = torch.Generator().manual_seed(0)
+    scale = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}[dtype]  # of each tensor's standard deviation
+    for p in moved.parameters():
+        p.add_(torch.randn(p.shape, generator=generator).to(p) * p.std() * scale)
+    batch = batch_of(groups)
+    moved_T = score(moved, batch.stream).logp_T
+    print(f"{scale:g} | {(moved_T - cached_T).abs().max():.2g} | {(moved_T - cached_T).abs().mean():.2g} |")
+    with pytest.raises(NumericsError):
+        check_start(moved_T, cached_T, batch, getattr(torch, dtype))
 
 
 def test_compute_dtype(models: dict[str, str]) -> None:
