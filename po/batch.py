@@ -38,8 +38,15 @@ class Batch:
 
     def head_input(self, policy_T: Tensor, ref_T: Tensor | None) -> HeadInput:
         """What the heads see of this batch."""
-        given = {"ref": ref_T, "old": self.old_T, "reward": self.reward_GK, "label": self.label_GK}
-        return HeadInput(self.seg, policy_T, best_first=self.best_first, **given)
+        return HeadInput(
+            self.seg,
+            policy_T,
+            ref=ref_T,
+            old=self.old_T,
+            reward=self.reward_GK,
+            label=self.label_GK,
+            best_first=self.best_first,
+        )
 
 
 def _move(x: _T, device: torch.device | str) -> _T:
@@ -47,7 +54,7 @@ def _move(x: _T, device: torch.device | str) -> _T:
         return x.to(device, non_blocking=True)  # type: ignore[return-value]
     if is_dataclass(x) and not isinstance(x, type):
         moved = {f.name: _move(getattr(x, f.name), device) for f in fields(x) if f.init}
-        return replace(x, **moved)  # type: ignore[type-var, return-value]
+        return replace(x, **moved)
     return x
 
 

@@ -159,7 +159,7 @@ def _arguments(recipe: Recipe) -> Any:
 
 def _policy(recipe: Recipe, args: Any) -> tuple[Any, bool]:
     """The network to train, and whether it shares prompts."""
-    policy = load_policy(recipe.model, recipe.lora, activation_checkpointing=args.gradient_checkpointing)
+    policy: Any = load_policy(recipe.model, recipe.lora, activation_checkpointing=args.gradient_checkpointing)
     base = policy.get_base_model() if hasattr(policy, "get_base_model") else policy
     reason = problem(base, recipe.data.max_length)
     wanted = recipe.model.share_prefix

@@ -121,7 +121,8 @@ class POTrainer(Trainer):
             self._check_first_batch(model, inputs)
         x, parts = self._forward(model, inputs, num_items_in_batch)
         self.guard.watch(inputs.ids, x, parts.loss)
-        return parts.loss * self.args.world_size
+        loss: Tensor = parts.loss * self.args.world_size
+        return loss
 
     def _forward(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Parts]:
         ref_T = self._reference(model, batch)
@@ -153,8 +154,8 @@ class POTrainer(Trainer):
         model.eval()
         try:
             verify(model, batch.stream)
-            ref_T = self._reference(model, batch)
-            if ref_T is not None and self.reference.starts_at_policy and self.state.global_step == 0:
+            starts = self.reference is not None and self.reference.starts_at_policy and self.state.global_step == 0
+            if starts and (ref_T := self._reference(model, batch)) is not None:
                 dtype = _autocast(self.args) or compute_dtype(model)
                 gap = check_start(score(model, batch.stream).logp_T, ref_T, batch, dtype)
                 self.meter.add("init/ref_gap", torch.tensor([gap], device=ref_T.device))
@@ -182,7 +183,7 @@ class POTrainer(Trainer):
         found["loss"] = sum(t.weight * found[f"loss/{name}"] for t, name in zip(self.terms, names(self.terms)))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
