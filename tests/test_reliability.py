@@ -276,27 +276,38 @@ def poison(model: Path, out: Path, token: str) -> Path:
     return out
 
 
-def test_a_nan_row_stops_with_exit_code_4_and_its_name(world: World, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("words", "ranks", "step", "guilty"),
+    [
+        ((), 1, 4, 0),
+        pytest.param((), 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(ZERO2, 2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(("deepspeed=zero3",), 2, 2, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_a_nan_row_stops_all_ranks_with_exit_code_4_and_its_name(world, tmp_path: Path, words, ranks, step, guilty):
     rows = [json.loads(x) for x in world.data.read_text().splitlines()]
     rows = [json.loads(re.sub(r"\bw59\b", "w58", json.dumps(r))) for r in rows]
-    rows[13]["chosen"] += " w59 w1"
+    rows[14]["chosen"] += " w59 w1"
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({k: r[k] for k in ("id", "prompt", "chosen", "rejected")}) + "\n" for r in rows))
     run, model = tmp_path / "run", poison(world.model, tmp_path / "nan", "w59")
     job = world.job(
         run,
+        *words,
         f"model.name_or_path={model}",
         f"data.train={data}",
         "train.train_sampling_strategy=sequential",
+        world=ranks,
         loss=[{"head": "sft"}],
         reference={"from": "none"},
     )
-    assert job.wait() == [4], job.said
-    assert "po: step 4: NaN or Inf, so the step was not taken and the weights are as after step 3." in job.said
-    assert "  rank 0, micro-batch 0: loss and gradient not finite; rows pair-13\n" in job.said
-    assert (run / "nonfinite-step-4.safetensors").exists()
-    assert steps(run) == [1, 2, 3]
-    assert not (run / "checkpoint-4").exists()
+    assert job.wait() == [4] * ranks, job.said
+    assert f"po: step {step}: NaN or Inf, so the step was not taken and the weights are as after step" in job.said
+    assert f"  rank {guilty}, micro-batch 1: loss and gradient not finite; rows pair-14\n" in job.said
+    assert (run / f"nonfinite-step-{step}.safetensors").exists()
+    assert steps(run) == list(range(1, step))
+    assert not (run / f"checkpoint-{step}").exists()
 
 
 def test_metrics_have_the_promised_names(world: World):
@@ -386,7 +397,7 @@ def test_a_dead_rank_ends_the_job(world: World, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["launcher", "rank"])
-def test_sigterm_saves_and_the_resumed_run_ends_the_same(world: World, tmp_path: Path, target: str):
+def test_sigterm_saves_and_leaves(world: World, tmp_path: Path, target: str):
     """SIGTERM to deepspeed's launcher or to one rank: a sealed checkpoint of that step, and nobody left behind."""
     run, log, job = launched(world, tmp_path, num_train_epochs=2000, save_steps=10**6)
     try:
@@ -422,24 +433,36 @@ def test_a_stopped_rank_is_noticed(world: World, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("words", "ranks"), [((), 1), (ZERO2, 1), (("deepspeed=zero3",), 1), (ZERO2, 2)])
-def test_twenty_random_kills(world: World, tmp_path: Path, words, ranks):
-    """kill -9 at random moments, again and again in one folder, until the run gets through: the same weights."""
-    whole, run, rng = world.whole(*words, world=ranks), tmp_path / "run", random.Random(7)
-    for _ in range(20):
+@pytest.mark.parametrize(
+    ("words", "ranks", "kills"), [((), 1, 20), (ZERO2, 1, 20), (("deepspeed=zero3",), 1, 10), (ZERO2, 2, 10)]
+)
+def test_random_kills(world: World, tmp_path: Path, words, ranks, kills):
+    """kill -9 of one rank or all, at random moments, a third of them inside a save; every run that gets through in the
+    end has the weights of the uninterrupted one."""
+    whole, rng, done, inside = world.whole(*words, world=ranks), random.Random(7), 0, 0
+    run = tmp_path / "run-0"
+    while done < kills:
         job = world.job(run, *words, "resume=true", world=ranks)
-        known = set(run.glob("checkpoint-*")) if run.exists() else set()
-        in_save, deadline = rng.random() < 0.4, time.monotonic() + 90
-        while job.ranks[0].exitcode is None and time.monotonic() < deadline:
-            fresh = [p for p in run.glob("checkpoint-*/saving") if p.parent not in known]
-            if (in_save and fresh) or (not in_save and (run / "metrics.jsonl").exists()):
-                time.sleep(rng.random() * (0.02 if in_save else 0.3))
+        in_save, lines = rng.random() < 0.4, logged(run)
+        while job.ranks[0].exitcode is None:
+            if in_save and list(run.glob("checkpoint-*[0-9]/saving")):
                 break
-            time.sleep(0.001)
-        finished = job.ranks[0].exitcode == 0
+            if not in_save and logged(run) != lines:
+                break
+        time.sleep(rng.random() * (0.02 if in_save else 0.1))
+        rng.choice(job.ranks).kill()
         job.kill()
-        if finished:
-            break
+        if job.ranks[0].exitcode == 0:
+            assert_same_end(run, whole)
+            run = tmp_path / f"run-{done}"
+            continue
+        done += 1
+        inside += bool(list(run.glob("checkpoint-*[0-9]/saving")))
     job = world.job(run, *words, "resume=true", world=ranks)
     assert job.wait() == [0] * ranks, job.said
     assert_same_end(run, whole)
+    assert inside >= kills // 5
+
+
+def logged(run: Path) -> int:
+    return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
