@@ -203,10 +203,11 @@ def cache_folder(recipe: Recipe, what: ReferenceIdentity, autocast: torch.dtype 
 
 def _load(model: ModelSpec, device: torch.device, share_prefix: bool) -> nn.Module:
     with plainly(), torch.random.fork_rng():
-        net = load_frozen(model)
+        net: Any = load_frozen(model)
         if share_prefix:
-            share(net)
-        return net if model.load_in_4bit else net.to(device)
+            share(net if model.adapter is None else net.get_base_model())
+        placed: nn.Module = net if model.load_in_4bit else net.to(device)
+        return placed
 
 
 def _check_vocabulary(policy: ModelSpec, reference: ModelSpec) -> None:
