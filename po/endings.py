@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from po.errors import OutOfMemoryError, POError, UserError
+from po.errors import OutOfMemoryError, POError, UserError, out_of_memory
 
 _ADVICE = """What to change, cheapest first:
   1. train.per_device_train_batch_size: half, and train.gradient_accumulation_steps: double (the same objective)
@@ -39,17 +39,8 @@ def ending(command: Callable[[], None]) -> int:
     except (MemoryError, RuntimeError) as e:
         if not out_of_memory(e):
             raise
-        return _explain(OutOfMemoryError(f"out of memory: {_first_line(e)}\n{_ADVICE}").with_traceback(e.__traceback__))
+        return _explain(OutOfMemoryError(f"out of memory: {_first_line(e)}").with_traceback(e.__traceback__))
     return code
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a device's or the host's memory was too small."""
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    text = str(error)
-    return "DefaultCPUAllocator: can't allocate memory" in text or "CUDA error: out of memory" in text
 
 
 def _first_line(error: BaseException) -> str:
@@ -71,8 +62,8 @@ def _explain(error: POError) -> int:
         import traceback
 
         traceback.print_exception(error)
-    elif rank() == 0:
-        _say(f"po: {error}")
+    elif rank() == 0 or isinstance(error, OutOfMemoryError):
+        _say(f"po: {error}\n{_ADVICE}" if isinstance(error, OutOfMemoryError) else f"po: {error}")
     elif isinstance(error, UserError):
         _say(f"po: rank {rank()} stops for the reason that rank 0 gives")
     else:

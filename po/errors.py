@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -35,6 +36,15 @@ class Stopped(POError):
     """The run was asked to stop, saved, and can be resumed."""
 
     exit_code = 75  # sysexits' EX_TEMPFAIL
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device's or the host's memory was too small."""
+    torch = sys.modules.get("torch")  # not imported for this: `po --help` needs no torch
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator: can't allocate memory" in text or "CUDA error: out of memory" in text
 
 
 def suggest(word: str, known: Iterable[object]) -> str:

@@ -20,13 +20,14 @@ from transformers import Trainer
 from po.batch import Batch, Collate, Groups
 from po.callbacks import NonFinite
 from po.checkpoint import sealed_save
+from po.errors import OutOfMemoryError, out_of_memory
 from po.logprob import Scores, score
 from po.metrics import Meter, names, preference_metrics
 from po.objective import Parts, Scope, counted, objective, scope
 from po.order import StepLoader, StepSampler
 from po.reference import Reference, check_start, compute_dtype
 from po.sharing import verify
-from po.speed import Speed
+from po.speed import Speed, positions
 from po.spec import Term
 from po.types import HeadInput
 
@@ -107,6 +108,19 @@ class POTrainer(Trainer):
         counts = dict(zip(self._scopes(), self.accelerator.reduce(total, "sum").tolist(), strict=True))
         self.speed.count([b.stream for b in batches])
         return batches, counts
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of one micro-batch. OutOfMemoryError names the batch that did not fit."""
+        try:
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        except (MemoryError, RuntimeError) as e:
+            if not out_of_memory(e):
+                raise
+            raise OutOfMemoryError(
+                f"out of memory at step {self.state.global_step + 1}, in a micro-batch of {len(inputs.ids)} groups and "
+                f"{positions(inputs.stream)} tokens, the longest response {int(inputs.seg.length_GK.max())}: {e}"
+            ) from e
+        return loss
 
     def compute_loss(
         self,

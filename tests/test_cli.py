@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from po.cli import main, separate
-from po.endings import ending, out_of_memory
-from po.errors import NumericsError, OutOfMemoryError, UserError
+from po.endings import ending
+from po.errors import NumericsError, OutOfMemoryError, UserError, out_of_memory
 from po.heads import HEADS
 
 ROOT = Path(__file__).parents[1]

@@ -98,7 +98,11 @@ def test_the_log_starts_where_theory_says(world: Path) -> None:
 def test_evaluation_is_exact_over_batches(world: Path) -> None:
     losses = []
     for size in (1, 5):
-        data = {"train": str(world / "pairs.jsonl"), "eval": str(world / "sets.jsonl"), "cache_dir": str(world / "cache")}
+        data = {
+            "train": str(world / "pairs.jsonl"),
+            "eval": str(world / "sets.jsonl"),
+            "cache_dir": str(world / "cache"),
+        }
         path = write_recipe(
             world / f"eval-{size}.yaml",
             world / "model",
@@ -140,3 +144,16 @@ def test_pairs_stand_best_first_whatever_their_rewards_say(world: Path) -> None:
     batch = Collate(best_first=True)([(example, Item(0, (0, 1)), True)])
     assert batch.head_input(torch.zeros(3), None).best_GK.tolist() == [[True, False]]
     assert Collate()([(example, Item(0, (0, 1)), True)]).head_input(torch.zeros(3), None).best_GK.sum() == 0
+
+
+def test_running_out_of_memory_names_the_batch_and_ends_with_3(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A real refusal of the CPU allocator, inside the heads' forward pass."""
+    from po.endings import ending
+
+    path = write_recipe(world / "oom.yaml", world / "model", world / "pairs.jsonl", world / "oom")
+    job = build(*load(path))
+    job.trainer.guard.watch = lambda *a: torch.empty(1 << 60)  # type: ignore[method-assign]
+    assert ending(job.trainer.train) == 3
+    said = capsys.readouterr().err
+    assert "out of memory at step 1, in a micro-batch of 4 groups" in said
+    assert "train.per_device_train_batch_size: half" in said
