@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,11 +24,20 @@ from po.kernels import bias, dense, explicit, flex, sliced
 
 NAME = "po_forest"
 Backend = Literal["sliced", "flex", "dense"]
-Layers = dict[int, int | None]  # attention layer -> its sliding window
+
+
+@dataclass
+class Seen:
+    """What the attention of a model met: per layer that a forest reached, the sliding window it was given; and the
+    windows of the masks that transformers built for plain forwards."""
+
+    layers: dict[int, int | None] = field(default_factory=dict)
+    mask_windows: set[int] = field(default_factory=set)
+
 
 _BACKENDS = {"sliced": sliced, "flex": flex, "dense": dense}
 _forced: Backend | None = None
-_layers: Layers = {}
+_seen = Seen()
 
 
 def backend(device: torch.device) -> Backend:
@@ -47,15 +57,16 @@ def using(name: Backend) -> Iterator[None]:
 
 
 @contextmanager
-def watch() -> Iterator[Layers]:
-    """The attention layers that a forest reaches meanwhile, each with the sliding window it was given."""
-    global _layers
-    before, _layers = _layers, {}
+def watch() -> Iterator[Seen]:
+    """What attention meets meanwhile, in this and in nested `watch`es."""
+    global _seen
+    before, _seen = _seen, Seen()
     try:
-        yield _layers
+        yield _seen
     finally:
-        before |= _layers
-        _layers = before
+        before.layers |= _seen.layers
+        before.mask_windows |= _seen.mask_windows
+        _seen = before
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -89,14 +100,14 @@ def forest_attention(
             raise NumericsError(dropped(module))
         return _ordinary(module, query, key, value, attention_mask, scaling, dropout, softcap, **kwargs)
     _refuse(module, dropout, kwargs)
-    _layers[getattr(module, "layer_idx", len(_layers))] = sliding_window
+    _seen.layers[getattr(module, "layer_idx", len(_seen.layers))] = sliding_window
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window is not None and sliding_window < forest.longest else None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = _BACKENDS[backend(query.device)](query, key, value, forest, window, softcap, scale)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def dropped(module: nn.Module) -> str:
@@ -143,8 +154,16 @@ def _ordinary(
             key, value = key[:, :, :n], value[:, :, :n]
         mask = torch.ones(n, key.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril() if n > 1 else mask
-    return explicit(query, key, value, bias(mask, query.dtype), scale, softcap).transpose(1, 2), None
+    return explicit(query, key, value, bias(mask, query.dtype), scale, softcap).transpose(1, 2).contiguous(), None
+
+
+def _mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    """The mask of a plain forward, as transformers builds it for SDPA."""
+    if local_size is not None:
+        _seen.mask_windows.add(local_size)
+    mask: Tensor | None = sdpa_mask(*args, local_size=local_size, **kwargs)
+    return mask
 
 
 AttentionInterface.register(NAME, forest_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, _mask)

@@ -228,8 +228,8 @@ def score(model: nn.Module, stream: Forest | Padded, entropy: bool = False) -> S
     else:
         mask = stream.mask_NL
         call |= {"input_ids": stream.input_NL}
-    with watch() as layers:
+    with watch() as seen:
         scores = cast(Scores, model(attention_mask=mask, **call))
-    if isinstance(stream, Forest) and not layers:
+    if isinstance(stream, Forest) and not seen.layers:
         raise NumericsError(dropped(model))
     return scores
