@@ -5,13 +5,13 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Job
 from safetensors.torch import save_file
 
 from po.checkpoint import (
@@ -196,63 +196,56 @@ def test_going_on_under_other_conditions_is_refused(tmp_path: Path):
     assert "  ranks: saved with 2, now 1\nPut these back to continue it, or start a new run" in str(e.value)
 
 
-RANKS = """
-import sys, torch.distributed as dist
-from pathlib import Path
-from po.checkpoint import newest_sound, sealed_save, seal, SaveError
-rank, run = int(sys.argv[1]), Path(sys.argv[3])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-for step in (1, 2):
-    folder = run / f"checkpoint-{step}"
-    sealed_save(folder, lambda: (folder / f"part-{rank}").write_text("x" * 9), {"step": step}, None)
-dist.barrier()
-if rank == 1:
-    (run / "checkpoint-2" / "part-1").write_text("x")
-dist.barrier()
-print(newest_sound(run).name)
-try:
-    seal(run / "nowhere", {})
-except SaveError:
-    print("refused")
-"""
+def two_ranks(run: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    for step in (1, 2):
+        folder = run / f"checkpoint-{step}"
+        sealed_save(folder, lambda f=folder: (f / f"part-{rank}").write_text("x" * 9), {"step": step}, None)
+    dist.barrier()
+    if rank == 1:
+        (run / "checkpoint-2" / "part-1").write_text("x")
+    dist.barrier()
+    assert newest_sound(run) == run / "checkpoint-1"
+    with pytest.raises(SaveError):
+        seal(run / "nowhere", {})
 
 
 def test_ranks_agree(tmp_path: Path):
-    (tmp_path / "ranks.py").write_text(RANKS)
-    args = [str(tmp_path / "store"), str(tmp_path / "run")]
-    cmd = [sys.executable, str(tmp_path / "ranks.py")]
-    env = {**os.environ, "WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen([*cmd, str(r), *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-        for r in (0, 1)
-    ]
-    try:
-        out = [p.communicate(timeout=60) for p in ranks]
-    finally:
-        for p in ranks:
-            p.kill()
-    assert [o for o, _ in out] == ["checkpoint-1\nrefused\n"] * 2, out
-    assert "part-1 has 1 bytes, not the 9 that were saved. It is set aside as checkpoint-2.broken-1" in out[0][1]
+    job = Job(tmp_path / "log", two_ranks, tmp_path / "run", world=2)
+    assert job.wait(60) == [0, 0], job.said
+    assert (
+        job.said.count("part-1 has 1 bytes, not the 9 that were saved. It is set aside as checkpoint-2.broken-1") == 1
+    )
 
 
 # The run folder
 
 
+def hold(run: Path) -> None:
+    lock = RunLock(run, False)
+    (run / "held").touch()
+    time.sleep(60)
+    lock.release()
+
+
 def test_a_second_run_is_refused_while_the_first_lives(tmp_path: Path):
-    code = "import sys,time; from pathlib import Path; from po.folder import RunLock; "
-    code += "lock = RunLock(Path(sys.argv[1]), False); print('held', flush=True); time.sleep(60)"
-    first = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    run = tmp_path / "run"
+    first = Job(tmp_path / "log", hold, run)
     try:
-        assert first.stdout is not None
-        assert first.stdout.readline() == "held\n"
+        deadline = time.monotonic() + 60
+        while not (run / "held").exists():
+            assert time.monotonic() < deadline, first.said
+            time.sleep(0.02)
         with pytest.raises(UserError) as e:
-            RunLock(tmp_path, resume=True)
-        assert f"another run is writing {tmp_path} (process {first.pid} on " in str(e.value)
+            RunLock(run, resume=True)
+        assert f"another run is writing {run} (process {first.ranks[0].pid} on " in str(e.value)
         assert "Wait for it or stop it, or set another output_dir." in str(e.value)
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-    RunLock(tmp_path, resume=False).release()
+        first.kill()
+    RunLock(run, resume=False).release()
 
 
 def test_a_worker_does_not_keep_the_lock_of_a_dead_run(tmp_path: Path):

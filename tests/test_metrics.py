@@ -1,13 +1,12 @@
 """Metrics: the numbers by hand, no host synchronisation, one exchange between ranks, honest rates."""
 
 import math
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from po.forest import pad, plant
@@ -134,30 +133,21 @@ def test_meter_weighs_by_count_and_keeps_totals_and_peaks():
     assert meter.flush() == {}
 
 
-TWO = """
-import os, sys, torch, torch.distributed as dist
-from po.metrics import Meter
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-meter = Meter()
-meter.add("both", torch.tensor([1.0] if rank else [4.0, 4.0, 4.0]))
-meter.add(f"only{rank}", torch.tensor([float(rank)]))
-meter.total("n", 1 + rank); meter.peak("m", rank)
-assert meter.flush() == {"both": 13 / 4, "only0": 0.0, "only1": 1.0, "n": 3.0, "m": 1.0}, rank
-"""
+def two_ranks() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank, meter = dist.get_rank(), Meter()
+    meter.add("both", torch.tensor([1.0] if rank else [4.0, 4.0, 4.0]))
+    meter.add(f"only{rank}", torch.tensor([float(rank)]))
+    meter.total("n", 1 + rank)
+    meter.peak("m", rank)
+    assert meter.flush() == {"both": 13 / 4, "only0": 0.0, "only1": 1.0, "n": 3.0, "m": 1.0}, rank
 
 
 def test_two_ranks_with_different_names(tmp_path: Path):
-    (tmp_path / "two.py").write_text(TWO)
-    cmd = [sys.executable, str(tmp_path / "two.py")]
-    ranks = [subprocess.Popen([*cmd, str(r), str(tmp_path / "store")], stderr=subprocess.PIPE) for r in (0, 1)]
-    try:
-        for p in ranks:
-            _, err = p.communicate(timeout=60)
-            assert p.returncode == 0, err.decode()
-    finally:
-        for p in ranks:
-            p.kill()
+    job = Job(tmp_path / "log", two_ranks, world=2)
+    assert job.wait(60) == [0, 0], job.said
 
 
 def tiny() -> LlamaForCausalLM:

@@ -1,19 +1,17 @@
 """The main job under attack: kills, damage, dead ranks, NaN rows, two runs in one folder.
 
-Short jobs are forked from one process that has imported everything (multiprocessing's forkserver), each in a process
-group of its own; the command is the one that launch/train.py runs. What needs a launcher uses the real one.
+Short jobs are forked (tests/forked.py) and run the command that launch/train.py runs; what needs a launcher uses the
+real one.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Job, free_port
 from safetensors.torch import load_file
 from tiny import make_model, write_pairs, write_recipe
 
@@ -35,21 +34,6 @@ TRAIN = {
     "save_steps": 2,
     "learning_rate": 0.01,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@pytest.fixture(scope="session")
-def server() -> Any:
-    """Forks jobs from a process that has torch, transformers and po loaded."""
-    os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["po.run", "po.cli", "po.recipe"])
-    return context
 
 
 def attack(point: str) -> None:
@@ -70,60 +54,19 @@ def attack(point: str) -> None:
         checkpoint.rotate = lambda run, *a: die() if (run / "checkpoint-4").exists() else rotate(run, *a)
 
 
-def child(log: str, words: list[str], ranks: dict[str, str], point: str) -> None:
-    os.setsid()
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    os.environ |= ranks
+def train(words: list[str], point: str) -> int:
+    """launch/train.py's command."""
     attack(point)
     from po.cli import main
 
-    sys.exit(main(["train", *words]))
-
-
-class Job:
-    """One `po train recipe.yaml key=value ...`, in one or more processes."""
-
-    def __init__(self, server: Any, log: Path, recipe: Path, *words: str, point: str = "", world: int = 1) -> None:
-        self.log, port = log, free_port()
-        ranked = world > 1 or any(w.startswith("deepspeed=") for w in words)
-        self.ranks = []
-        for rank in range(world):
-            env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-            env |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            args = (str(log), [str(recipe), *words], env if ranked else {}, point)
-            self.ranks.append(server.Process(target=child, args=args))
-        for p in self.ranks:
-            p.start()
-
-    def wait(self, seconds: float = 120) -> list[int | None]:
-        end = time.monotonic() + seconds
-        for p in self.ranks:
-            p.join(max(end - time.monotonic(), 0))
-        codes = [p.exitcode for p in self.ranks]
-        self.kill()
-        return codes
-
-    def kill(self) -> None:
-        for p in self.ranks:
-            if p.pid is not None and p.exitcode is None:
-                try:
-                    os.killpg(p.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    p.kill()
-            p.join(10)
-
-    @property
-    def said(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+    return main(["train", *words])
 
 
 class World:
     """A model, rows and one uninterrupted run per kind of job, shared by the tests of the session."""
 
-    def __init__(self, folder: Path, server: Any) -> None:
-        self.folder, self.server = folder, server
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.model = make_model(folder / "model")
         self.data = write_pairs(folder / "train.jsonl", 22)  # 5 full steps of 4 rows and a tail of 2, twice
         self._whole: dict[tuple[str, ...], Path] = {}
@@ -132,10 +75,10 @@ class World:
     def job(self, out: Path, *words: str, point: str = "", world: int = 1, **changes: Any) -> Job:
         recipe = out.with_suffix(".yaml")
         lora = {"r": 4, "alpha": 8, "dropout": 0.1}
-        train = TRAIN | changes.pop("train", {})
-        write_recipe(recipe, self.model, self.data, out, lora=lora, train=train, **changes)
-        log = out.with_suffix(".log")
-        job = Job(self.server, log, recipe, *words, point=point, world=world)
+        settings = TRAIN | changes.pop("train", {})
+        write_recipe(recipe, self.model, self.data, out, lora=lora, train=settings, **changes)
+        launched = world if world > 1 or any(w.startswith("deepspeed=") for w in words) else 0
+        job = Job(out.with_suffix(".log"), train, [str(recipe), *words], point, world=launched)
         self._jobs.append(job)
         return job
 
@@ -155,8 +98,8 @@ class World:
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory, server: Any) -> Iterator[World]:
-    made = World(tmp_path_factory.mktemp("reliability"), server)
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    made = World(tmp_path_factory.mktemp("reliability"))
     yield made
     made.close()
 
@@ -371,10 +314,10 @@ def wait_for(path: Path, job: subprocess.Popen[bytes], log: Path, seconds: float
         time.sleep(0.05)
 
 
-def launched(world: World, tmp_path: Path, **train: Any) -> tuple[Path, Path, subprocess.Popen[bytes]]:
+def launched(world: World, tmp_path: Path, **settings: Any) -> tuple[Path, Path, subprocess.Popen[bytes]]:
     run, log = tmp_path / "run", tmp_path / "launch.log"
     recipe = run.with_suffix(".yaml")
-    write_recipe(recipe, world.model, world.data, run, train=TRAIN | train)
+    write_recipe(recipe, world.model, world.data, run, train=TRAIN | settings)
     return run, log, launch(recipe, 2, log)
 
 
