@@ -44,8 +44,8 @@ def _any_rank(flag: Tensor) -> bool:
 
 class GracefulStop(TrainerCallback):
     """SIGTERM, SIGUSR1 or Ctrl-C on any rank, or a launcher that has vanished: all ranks save at the end of the step
-    and leave `train`. `stopped` tells the caller why the run is short; it exits with 75 (po.errors.Stopped). A second Ctrl-C, two
-    seconds or more after the first, ends the process at once."""
+    and leave `train`. `stopped` tells the caller why the run is short; it ends with po.errors.Stopped. A second Ctrl-C,
+    two seconds or more after the first, ends the process at once."""
 
     def __init__(self) -> None:
         self.stopped = False
