@@ -126,7 +126,7 @@ class Speed:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self._cost, self._device = Cost.of(model), device
+        self.cost, self._device = Cost.of(model), device
         self._peak = peak_flops(device, dtype)
         self._positions, self._flops = 0, 0.0
         self._start, self._out = time.perf_counter(), 0.0
@@ -134,7 +134,7 @@ class Speed:
     def count(self, streams: Sequence[Forest | Padded]) -> None:
         """The micro-batches of one optimizer step of this rank, while they are on the host."""
         self._positions += sum(map(positions, streams))
-        self._flops += sum(map(self._cost, streams))
+        self._flops += sum(map(self.cost, streams))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
