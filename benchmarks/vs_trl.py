@@ -24,7 +24,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-STEPS_OF = {"per_device_train_batch_size": 4, "learning_rate": 1e-4, "num_train_epochs": 1, "lr_scheduler_type": "constant"}
+STEPS_OF = {
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-4,
+    "num_train_epochs": 1,
+    "lr_scheduler_type": "constant",
+}
 BETA = 0.1
 
 
@@ -61,7 +66,9 @@ def make_world(folder: Path, rows: int) -> None:
 
     def words(mean: float) -> str:
         length = (torch.randn((), generator=generator) * 0.4).exp() * mean
-        return " ".join(f"w{i}" for i in torch.randint(8189, (int(length.clamp(8, 800)),), generator=generator).tolist())
+        return " ".join(
+            f"w{i}" for i in torch.randint(8189, (int(length.clamp(8, 800)),), generator=generator).tolist()
+        )
 
     for K in (2, 8):
         with (folder / f"k{K}.jsonl").open("w") as out:
@@ -143,7 +150,18 @@ def run_side(side: str, folder: Path, reference: str, K: int) -> None:
 
 
 def measure(side: str, folder: Path, reference: str, K: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--reference", reference, "--k", str(K)]
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--folder",
+        str(folder),
+        "--reference",
+        reference,
+        "--k",
+        str(K),
+    ]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

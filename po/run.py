@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import PrinterCallback, ProgressCallback
 
 from po.batch import Collate, Groups
@@ -32,6 +34,18 @@ from po.spec import Recipe
 from po.trackers import SafeTrackers
 from po.trainer import POTrainer
 from po.types import Layout
+from po.zero import stage
+
+# The fields of `train` that decide which weights a run ends with; a resumed run must have the same.
+_SCHEDULE = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "optim",
+    "weight_decay",
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,12 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
+def _quiet() -> None:
+    """Keep what users cannot act on off the terminal: loading bars, and libraries' notes on their own next versions."""
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|transformers|peft|deepspeed")
+
+
 def load_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Rows -> groups in the layout that the recipe's heads need. Raises UserError for bad rows and unmet needs."""
     key, spec = tokenizer_key(tokenizer), recipe.data
@@ -87,6 +107,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> Data:
 
 def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
     """Everything up to the first step. Raises POError for what a user can mend."""
+    _quiet()
     folder = Path(recipe.output_dir)
     lock = RunLock(folder, recipe.resume)
     for note in notes:
@@ -181,6 +202,9 @@ def _meta(recipe: Recipe, data: Data, args: Any) -> dict[str, Any]:
         "groups": len(data.train),
         "seed": recipe.seed,
         "loss": [repr(t) for t in recipe.loss],
+        "lora": repr(recipe.lora),
+        "zero_stage": stage(recipe.deepspeed),
+        "schedule": {k: str(recipe.train.get(k)) for k in _SCHEDULE},
     }
 
 

@@ -28,7 +28,7 @@ class ModelSpec:
     tokenizer: str | None = None  # a folder or a hub name; None: the model's
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's template
     adapter: str | None = None  # an SFT adapter that the run continues
-    load_in_4bit: bool = False  # QLoRA; needs bitsandbytes and a GPU
+    load_in_4bit: bool = False  # QLoRA; needs the package bitsandbytes
     share_prefix: bool | Literal["auto"] = "auto"  # compute a prompt once for its responses
     trust_remote_code: bool = False
 

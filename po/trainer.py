@@ -190,6 +190,7 @@ class POTrainer(Trainer):
             with self.speed.paused():
                 for batch in self.get_eval_dataloader(eval_dataset):
                     self._forward(model, self._prepare_inputs(batch), dict.fromkeys(self._scopes(), 1.0))
+                    self.callback_handler.on_prediction_step(self.args, self.state, self.control)
                 found = self.meter.flush()
         finally:
             model.train(training)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from po.data.store import EXAMPLES, REPORT, Examples, publish, sound, workspace,
 from po.data.tokenize import Encoder
 from po.errors import UserError
 from po.spec import DataSpec, Source
+from po.weights import cache_root
 
 FORMAT = 1  # raise when the same input would give other Examples
 
@@ -76,8 +76,7 @@ def cache_dir(spec: DataSpec) -> Path:
     """Where prepared data lies: the recipe's folder, else $PO_CACHE/data, else ~/.cache/po/data."""
     if spec.cache_dir is not None:
         return Path(spec.cache_dir).expanduser()
-    root = os.environ.get("PO_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "po") / "data"
+    return cache_root("data")
 
 
 def _fill(folder: Path, opened: list[Opened], encode: Encoder, limits: Limits, num_proc: int, split: str) -> None:
