@@ -35,7 +35,7 @@ def _modules(value: Any) -> Any:
 
 def _overlong(value: Any) -> Any:
     known = {"keep_start": "truncate_response", "keep_end": "truncate_prompt", "truncate": "truncate_response"}
-    return {**known, "raise": "error"}.get(value, value)
+    return {**known, "raise": "error"}.get(str(value), value)
 
 
 _CUT = "TRL cuts the whole sequence; po cuts the response (or the prompt's start) and counts and lists what it cut"

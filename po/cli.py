@@ -152,6 +152,16 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from po.run import train
 
     train(recipe, notes)
+    _leave_together()
+
+
+def _leave_together() -> None:
+    """Take the process group down on all ranks at once: a rank that exits first can abort the others' exit."""
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def _check(args: argparse.Namespace, overrides: list[str]) -> None:

@@ -243,13 +243,6 @@ def test_reference_is_none_where_no_head_reads_it(write: Write) -> None:
     assert notes == ["reference: 'init' is not computed, because no head of the recipe needs a reference"]
 
 
-def test_lora_under_zero3_gets_reentrant_checkpointing(write: Write) -> None:
-    text = MINIMAL + "lora: {}\ndeepspeed: zero3\ntrain: {activation_checkpointing: true}\n"
-    recipe, notes = load(write(text))
-    assert recipe.train["activation_checkpointing_kwargs"] == {"use_reentrant": True}
-    assert notes == ["train.activation_checkpointing_kwargs: {use_reentrant: true}, which LoRA needs under ZeRO-3"]
-
-
 # DeepSpeed
 
 

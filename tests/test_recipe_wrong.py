@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from po.errors import UserError
-from po.recipe import load
+from po.recipe import load, resolved_text
 
 GOOD = {"model": "m", "data": "pairs.jsonl", "loss": "dpo", "output_dir": "runs/x"}
 
@@ -253,6 +253,7 @@ YAML = [
     ("- a\n", ": expected a mapping (`key: value` lines), got list"),
     ("", ": the recipe is empty; it needs at least model, data, loss and output_dir"),
     ("model: !!python/object:os.system x\n", ":1:8: could not determine a constructor for the tag"),
+    ("model: &a [*a]\n", ":1:8: found unconstructable recursive node"),
     ("train: {lr_scheduler_kwargs: {a: 1, a: 2}}\n", ":1:37: 'a' is here for the second time; keep one of them"),
 ]
 
@@ -272,3 +273,20 @@ def test_no_such_file(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\n")
     with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8 text at byte 7; save the recipe as UTF-8"):
         load(tmp_path / "latin.yaml")
+
+
+NASTY = ["5", "true", "null", "''", "[]", "[[a]]", "{}", "{a: [1]}", "[{a: 1}]", ".nan", "[{head: [dpo]}]", "[null]"]
+PLACES = ["model", "lora", "reference", "data", "loss", "train", "deepspeed", "output_dir", "seed", "loss_type", "beta"]
+PLACES += ["datasets", "dataset_mixer", "max_samples", "truncation_mode", "lora_target", "loss_weights", "use_peft"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_anything_anywhere_is_right_or_explained(tmp_path: Path, place: str) -> None:
+    """No value of any shape ends in a traceback, and what is accepted survives the round trip."""
+    for value in NASTY:
+        try:
+            found, _ = load(recipe(tmp_path, **{place: value}))
+        except UserError:
+            continue
+        (tmp_path / "again.yaml").write_text(resolved_text(found))
+        assert load(tmp_path / "again.yaml")[0] == found, value

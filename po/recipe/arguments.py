@@ -17,7 +17,7 @@ from po.errors import UserError, suggest
 from po.recipe.fields import MisfitError, fit
 from po.recipe.report import Report
 from po.spec import Recipe
-from po.zero import deepspeed_config, stage
+from po.zero import deepspeed_config
 
 _PO_BATCHES = "po makes the batches itself"
 _PO_EVALUATES = "po evaluates by itself: loss, rewards and accuracies, exact over batches and ranks"
@@ -154,7 +154,7 @@ def check(raw: Mapping[str, Any], report: Report) -> dict[str, Any]:
             report.wrong(at, f"is not for the recipe's `train`: {OWNED[key]}.")
         elif key not in known():
             near = suggest(key, known())
-            report.wrong(at, f"transformers.TrainingArguments has no such field.{near} docs/recipes.md lists them.")
+            report.wrong(at, f"transformers.TrainingArguments has no such field.{near} `po check --schema` lists them.")
         elif value is not None:
             try:
                 out[key] = fit(known()[key], value)
@@ -232,15 +232,3 @@ def without_accelerator() -> bool:
     import torch
 
     return os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.accelerator.is_available()
-
-
-def checkpointing_workaround(train: Mapping[str, Any], lora: bool, deepspeed: Any) -> dict[str, Any]:
-    """PEFT under ZeRO-3 needs re-entrant activation checkpointing: the field to set, or nothing."""
-    if (
-        lora
-        and stage(deepspeed) == 3
-        and train.get("activation_checkpointing")
-        and not train.get("activation_checkpointing_kwargs")
-    ):
-        return {"activation_checkpointing_kwargs": {"use_reentrant": True}}
-    return {}

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from po.errors import UserError
-from po.recipe.arguments import checkpointing_workaround
 from po.recipe.report import Report
 from po.spec import Recipe
 from po.types import Head
@@ -33,10 +32,7 @@ def check(recipe: Recipe, given: Mapping[str, Any], report: Report) -> Recipe:
         _data(recipe, sound("loss"), report)
     if sound("data", "train"):
         _train(recipe, given, report)
-    extra = checkpointing_workaround(recipe.train, _adapted(recipe), recipe.deepspeed) if zero == 3 else {}
-    if extra:
-        report.note("train.activation_checkpointing_kwargs: {use_reentrant: true}, which LoRA needs under ZeRO-3")
-    return replace(recipe, train={**recipe.train, **extra})
+    return recipe
 
 
 def _adapted(recipe: Recipe) -> bool:

@@ -28,7 +28,7 @@ def term(raw: Any, at: Keys, report: Report) -> Any:
     if not isinstance(raw, dict):
         return raw
     out = {("head" if k in ("type", "name", "loss_type") and "head" not in raw else k): v for k, v in raw.items()}
-    if out.get("head") not in HEADS:
+    if isinstance(out.get("head"), str) and out["head"] not in HEADS:
         out = peers_head(out, at, report)
     return _hyperparameters(out, at, report)
 
@@ -107,7 +107,7 @@ def spread(terms: list[Any], name: str, key: str, value: Any, report: Report, re
     heads = [t.get("head") if isinstance(t, dict) else None for t in terms]
     taken = False
     for i, head in enumerate(heads):
-        if head not in HEADS:
+        if not isinstance(head, str) or head not in HEADS:
             return  # reported where heads are parsed
         move = HYPERPARAMETERS.get((head, name))
         own = move.path if move else name

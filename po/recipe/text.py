@@ -33,6 +33,10 @@ _CORE = (
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own attribute)
 
+    def construct_document(self, node: yaml.Node) -> Any:
+        """At once and not lazily, so that an anchor inside itself is an error."""
+        return self.construct_object(node, deep=True)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
