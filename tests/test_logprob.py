@@ -68,7 +68,7 @@ def test_flex_is_exact_in_float64(family: str):
         assert furthest([found_T], [score(model, FOREST).logp_T]) < 1e-12
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2"])
+@pytest.mark.parametrize("family", REQUIRED)
 def test_as_transformers_computes_it(family: str):
     """Norms and softmaxes rounded to fp32, as shipped: what differs from the exact case is that rounding."""
     model = tiny(family)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import V, ragged, tiny
+from tiny_models import FAMILIES, V, ragged, tiny
 from torch import nn
 
 from po.attention import forest_attention
@@ -33,7 +33,7 @@ def build(name: str, **config: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3", "gpt2", "cohere", "qwen3_moe"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sound_models_pass(family: str):
     model = tiny(family).eval()
     install(model)
