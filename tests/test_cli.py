@@ -218,3 +218,28 @@ def test_cluster_examples_are_well_formed() -> None:
     ]
     assert hosts
     assert all(line.split()[1].startswith("slots=") for line in hosts)
+
+
+def test_check_reads_rows_and_says_what_it_found(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ROOT.parent / "shared" / "models" / "stories260k"
+    if not model.is_dir():
+        pytest.skip("the model stories260k is not beside the project")
+    monkeypatch.setenv("PO_CACHE", str(tmp_path / "cache"))
+    rows = [{"prompt": f"{i} cats ", "chosen": "sat down", "rejected": "ran away"} for i in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {model}\ndata: {tmp_path}/pairs.jsonl\nloss: dpo\noutput_dir: {tmp_path}/run\nwarmup_ratio: 0.1\n"
+    )
+    assert main(["check", str(path), "train.per_device_train_batch_size=2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["notes"][0].startswith("warmup_ratio: translated to train.warmup_steps: 0.1")
+    assert any("10 rows in = 10 kept" in line for line in found["found"])
+    assert found["resolved"]["train"]["per_device_train_batch_size"] == 2
+    assert main(["check", str(path), "loss=infonca"]) == 2
+    err = capsys.readouterr().err
+    assert "infonca" in err
+    assert "reward" in err
+    assert not (tmp_path / "run").exists()
