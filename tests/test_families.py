@@ -54,7 +54,7 @@ EXACT = [
     *("jetmoe", "kolibri1", "laguna", "llama", "mellum", "minicpm3", "minimax_m2", "ministral", "ministral3"),
     *("mistral", "mixtral", "nanochat", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3"),
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "vaultgemma"),
-    *("youtu"),
+    "youtu",
 ]
 GROUPS = ragged()
 FOREST = plant(GROUPS, 4)

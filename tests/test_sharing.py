@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -174,7 +175,20 @@ def test_low_precision_stays_within_its_tolerance(family: str, dtype: torch.dtyp
     model = tiny(family, dtype).eval()
     install(model)
     share(model)
-    verify(model, FOREST)
+    print(family, dtype, verify(model, FOREST))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float16, 0.05), (torch.bfloat16, 0.5)])
+def test_a_trained_model_stays_within_its_tolerance(dtype: torch.dtype, bound: float):
+    folder = Path(__file__).parents[1].parent / "shared" / "models" / "stories260k"
+    if not folder.exists():
+        pytest.skip(f"no model at {folder}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    install(model)
+    share(model)
+    gap = verify(model, plant(ragged(0, groups=8, prompt=60, response=60), 4))
+    assert 0 < gap < bound, gap
+    print(dtype, gap)
 
 
 def test_the_tolerance_follows_autocast():
