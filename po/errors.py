@@ -32,7 +32,7 @@ class NumericsError(POError):
     exit_code = 4
 
 
-class Stopped(POError):
+class StoppedError(POError):
     """The run was asked to stop, saved, and can be resumed."""
 
     exit_code = 75  # sysexits' EX_TEMPFAIL

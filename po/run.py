@@ -22,7 +22,7 @@ from po.callbacks import GracefulStop, NonFinite, Watchdog
 from po.checkpoint import check_same, newest_sound
 from po.data.layout import arrange, check_needs
 from po.data.prepare import Prepared, prepare
-from po.errors import Stopped
+from po.errors import StoppedError
 from po.folder import RunLock, environment
 from po.hardening import keep_shm_clean, refuse_pickles
 from po.logs import MetricsFile, Progress
@@ -225,7 +225,7 @@ def train(recipe: Recipe, notes: Sequence[str] = ()) -> None:
         say(f"{job.folder} holds no whole checkpoint: starting from the beginning")
     job.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if job.stop.stopped:
-        raise Stopped(
+        raise StoppedError(
             f"stopped on request and saved at step {job.trainer.state.global_step}; the same command with resume=true "
             "goes on from there"
         )

@@ -27,8 +27,8 @@ from po.objective import Parts, Scope, counted, objective, scope
 from po.order import StepLoader, StepSampler
 from po.reference import Reference, check_start, compute_dtype
 from po.sharing import verify
-from po.speed import Speed, positions
 from po.spec import Term
+from po.speed import Speed, positions
 from po.types import HeadInput
 
 
