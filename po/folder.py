@@ -21,7 +21,7 @@ import torch
 from po.checkpoint import checkpoints
 from po.errors import UserError
 
-_TRACES = ("metrics.jsonl", "recipe.resolved.yaml", "environment.json", "adapter_config.json", "config.json")
+_TRACES = ("metrics.jsonl", "adapter_config.json", "config.json")  # beside checkpoints: what a second run would spoil
 _PACKAGES = (
     *("po", "torch", "transformers", "peft", "datasets", "accelerate", "deepspeed", "safetensors", "tokenizers"),
     *("numpy", "bitsandbytes", "wandb", "trl"),

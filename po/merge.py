@@ -5,7 +5,7 @@ Everything here runs on the CPU in fp32; a cast comes last. No tensor is written
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +129,17 @@ def check_tensors(tensors: Iterable[tuple[str, Tensor]], where: str) -> int:
     return n
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a model or adapter folder, by name in its files."""
-    found: dict[str, Tensor] = {}
+def each_tensor(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model or adapter folder by name in its files, one in memory at a time."""
     for path in weight_files(folder, str(folder)):
         with safe_open(path, "pt") as f:
-            found |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
-    return found
+            for name in f.keys():  # noqa: SIM118 - not a dict
+                yield name, f.get_tensor(name)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model or adapter folder."""
+    return dict(each_tensor(folder))
 
 
 def check_equal(written: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:

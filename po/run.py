@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PrinterCallback, ProgressCallback
 
 from po.batch import Collate, Groups
@@ -26,8 +20,10 @@ from po.errors import StoppedError
 from po.folder import RunLock, environment
 from po.hardening import keep_shm_clean, refuse_pickles
 from po.logs import MetricsFile, Progress
+from po.merge import check_tensors, each_tensor
 from po.policy import load_policy, load_tokenizer, tokenizer_key
-from po.recipe import keep_checkpoints, resolved_text, training_arguments
+from po.process import arguments, quiet, say
+from po.recipe import keep_checkpoints, resolved_text
 from po.reference import build_reference
 from po.sharing import problem, share
 from po.spec import Recipe
@@ -75,19 +71,6 @@ class Job:
     stop: GracefulStop
 
 
-def say(text: str) -> None:
-    """One line for people, from rank 0 alone."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
-
-def _quiet() -> None:
-    """Keep what users cannot act on off the terminal: loading bars, and libraries' notes on their own next versions."""
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|transformers|peft|deepspeed")
-
-
 def load_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Rows -> groups in the layout that the recipe's heads need. Raises UserError for bad rows and unmet needs."""
     key, spec = tokenizer_key(tokenizer), recipe.data
@@ -107,7 +90,7 @@ def load_data(recipe: Recipe, tokenizer: Any) -> Data:
 
 def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
     """Everything up to the first step. Raises POError for what a user can mend."""
-    _quiet()
+    quiet()
     folder = Path(recipe.output_dir)
     lock = RunLock(folder, recipe.resume)
     for note in notes:
@@ -117,7 +100,7 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
     say("\n".join(data.lines))
     refuse_pickles()
     keep_shm_clean()
-    args = _arguments(recipe)
+    args = arguments(recipe)
     if args.process_index == 0:
         _write_run_files(folder, recipe, data)
     torch.manual_seed(recipe.seed)
@@ -158,24 +141,6 @@ def _watch(trainer: POTrainer, folder: Path, guard: NonFinite, trackers: SafeTra
         trainer.add_callback(callback)
     trainer.add_callback(Progress(bars=not trainer.args.disable_tqdm))
     return stop
-
-
-def _arguments(recipe: Recipe) -> Any:
-    """TrainingArguments; makes the process groups, and switches ZeRO-3's partitioned loading on."""
-    if recipe.deepspeed is None:
-        return training_arguments(recipe)
-    import deepspeed
-
-    if "RANK" not in os.environ:  # DeepSpeed wants a group also where no launcher made one
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = str(s.getsockname()[1])
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update(alone)
-    args = training_arguments(recipe)
-    backend = "gloo" if args.device.type == "cpu" else None
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timedelta(seconds=args.ddp_timeout))
-    return args
 
 
 def _policy(recipe: Recipe, args: Any) -> tuple[Any, bool]:
@@ -233,9 +198,14 @@ def train(recipe: Recipe, notes: Sequence[str] = ()) -> None:
 
 
 def save(job: Job) -> None:
-    """The trained adapter or model at the top of the run folder, in safetensors, reopened and compared."""
+    """The trained adapter or model at the top of the run folder, in safetensors. What was written is read again:
+    NumericsError for a tensor with NaN or Inf, UserError for an empty one."""
     job.trainer.save_model(str(job.folder))
     job.trainer.save_state()
+    if job.trainer.args.process_index == 0:
+        count = check_tensors(each_tensor(job.folder), str(job.folder))
+        form = "--merged" if job.recipe.lora is None and job.recipe.model.adapter is None else "--adapter"
+        say(f"saved {count} tensors to {job.folder}; for use elsewhere: po export {job.folder} {form}")
 
 
 def check(recipe: Recipe) -> str:
