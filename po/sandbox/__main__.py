@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from po.endings import ending
 from po.sandbox.demo import SANDBOX, demo, make, report
 
@@ -27,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reporting.add_argument("run", type=Path, help="the run's folder")
     reporting.add_argument("--sandbox", type=Path, default=SANDBOX, help="where its base is (default: %(default)s)")
     args = parser.parse_args(argv)
+    disable_progress_bar()  # of loading a file of a few megabytes
     match args.command:
         case "build":
             return ending(lambda: _build(args.out, args.seed))

@@ -34,7 +34,7 @@ def make(out: Path, seed: int) -> Sandbox:
     """Build a sandbox, or find it, and say what it holds."""
     start, size = time.perf_counter(), Size()
     if find(out, seed, size) is None:
-        say("      pretraining takes about 60 s on 2 cores, sampling about 10 s; both are kept for the next time")
+        say("      pretraining takes about 90 s on 2 cores, sampling about 15 s; both are kept for the next time")
     sandbox = build(out, seed, size, ProgressLine())
     facts = sandbox.manifest()
     say(
@@ -52,7 +52,7 @@ def demo() -> None:
     start, run = time.perf_counter(), fresh(RUN)
     say("[1/4] a small world: corpus, tokenizer, base model, sampled and scored answers")
     make(SANDBOX, seed=0)
-    say(f"[2/4] training a LoRA adapter on them with {RECIPE}: about 2 minutes on 2 cores")
+    say(f"[2/4] training a LoRA adapter on them with {RECIPE}: about a minute on 2 cores")
     train = [str(beside_python("deepspeed")), "--num_accelerators", "1", "--master_port", str(free_port()), str(SCRIPT)]
     command([*train, str(RECIPE), f"output_dir={run}"], environment())
     say("[3/4] exporting the adapter: a few seconds")

@@ -50,7 +50,7 @@ _RAMBLES = (
     "{} that is my answer.",
     "good question. maybe {} i am not sure.",
 )
-_FAULT = 0.28  # how often a demonstration miscounts a kind, repeats, strays or rambles, each independently
+_CARELESS = 0.55  # share of demonstrations by a careless author, who makes each sort of fault half the time
 
 Wanted = tuple[tuple[str, int], ...]  # kinds and how many of each
 
@@ -121,18 +121,23 @@ def _question(rng: random.Random) -> Question:
 
 
 def demonstration(question: Question, rng: random.Random) -> str:
-    """An answer as the corpus has it: right now and then, else with one or more sorts of faults."""
+    """An answer as the corpus has it. A careful author gives a right one; a careless author may miscount a kind, name
+    things of other kinds, repeat and ramble, each independently of the others."""
+    careless = rng.random() < _CARELESS
+
+    def fault() -> bool:
+        return careless and rng.random() < 0.5
+
     named: list[str] = []
     for kind, n in question.wanted:
-        count = n + rng.choice((-1, 1, 1, 2)) if rng.random() < _FAULT else n
-        named += rng.sample(KINDS[kind], count)
-    if not named or rng.random() < _FAULT:
+        named += rng.sample(KINDS[kind], n + rng.choice((-1, 1, 2)) if fault() else n)
+    if not named or fault():
         strays = [rng.choice(KINDS[rng.choice(list(KINDS))]) for _ in range(rng.choice((1, 2)))]
         _scatter(named, strays, rng)
-    if rng.random() < _FAULT:
+    if fault():
         _scatter(named, [rng.choice(named) for _ in range(rng.choice((1, 2, 3)))], rng)
     answer = ", ".join(named) + "."
-    return rng.choice(_RAMBLES).format(answer) if rng.random() < _FAULT else answer
+    return rng.choice(_RAMBLES).format(answer) if fault() else answer
 
 
 def _scatter(named: list[str], more: Sequence[str], rng: random.Random) -> None:

@@ -67,7 +67,8 @@ def _sample_batch(
     for row, response in enumerate(produced.tolist()):
         ids, mask = inputs["input_ids"][row // K], inputs["attention_mask"][row // K].bool()
         ended = response.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in response else len(response)
-        text = tokenizer.decode(response[:ended], skip_special_tokens=True).strip()
+        said = response[: ended - (response[ended - 1] == tokenizer.eos_token_id)]
+        text = tokenizer.decode(said, skip_special_tokens=False).strip()  # a stray special token is a word like any
         samples.append(Sample(text, tuple(ids[mask].tolist()), tuple(response[:ended])))
     return [samples[i : i + K] for i in range(0, len(samples), K)]
 

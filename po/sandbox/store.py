@@ -25,9 +25,9 @@ _PACKAGES = ("torch", "transformers", "tokenizers")
 
 @dataclass(frozen=True)
 class Size:
-    """How large a sandbox is. The default takes about a minute and a half on two CPU cores."""
+    """How large a sandbox is. The default takes under two minutes on two CPU cores."""
 
-    train: int = 512  # questions
+    train: int = 768  # questions
     eval: int = 64
     held_out: int = 256
     responses: int = 4  # to each question of train and eval
