@@ -192,7 +192,9 @@ def _heads(args: argparse.Namespace, overrides: list[str]) -> None:
 
 def _export(args: argparse.Namespace, overrides: list[str]) -> None:
     from po.export import export_run
+    from po.process import quiet
 
+    quiet()
     print(export_run(args.run, args.out, args.merged, args.dtype, args.eval))
 
 

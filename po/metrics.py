@@ -95,7 +95,8 @@ def preference_metrics(
         share.
     sets/accuracy: the same over every two responses of a set that the data's rewards order.
     kl/seq, kl/token: mean of log pi - log ref over the *data's* responses, per response and per token. It is not
-        KL(pi || ref), which needs samples of pi, and may be negative.
+        KL(pi || ref), which needs samples of pi: it is negative where the policy leaves the data's responses for
+        others, however far it has gone. Sample (`python -m po.sandbox report` does) before trusting a run.
     logps/*: log pi(y|x), summed over tokens. lengths/*: tokens, EOS included.
     mean_token_accuracy: over the chosen responses. entropy: nats per token, over all responses.
     loss/<head>: the head's own mean, before its weight. <head>/<metric>: what the head reports.

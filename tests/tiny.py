@@ -14,7 +14,7 @@ WORDS = [f"w{i}" for i in range(60)]
 
 
 def make_model(folder: Path, seed: int = 0, **config: Any) -> Path:
-    """A 2-layer llama of hidden size 32 with a word-level tokenizer (BOS in front, EOS known), in Hugging Face files."""
+    """A 2-layer llama of hidden size 32 with a word-level tokenizer (BOS in front), in Hugging Face files."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from po.errors import POError, UserError
+from po.process import quiet
 from po.sandbox.display import ProgressLine, show
 from po.sandbox.evaluation import evaluate, load
 from po.sandbox.store import Sandbox, Size, build, find
@@ -65,6 +66,7 @@ def demo() -> None:
 
 def report(run: Path, sandbox: Path) -> None:
     """Compare a run's exported adapter, loaded by plain PEFT, with its base; print it and write RUN/report.json."""
+    quiet()
     prompts = sandbox / "held_out.jsonl"
     if not prompts.is_file():
         raise UserError(
