@@ -1,7 +1,8 @@
 """`po` against TRL's DPOTrainer: the same model, rows in the same order, hyperparameters and steps, side by side.
 
-    python benchmarks/vs_trl.py            # about 10 minutes on 2 CPU cores; needs `pip install -e .[trl]`
-    python benchmarks/vs_trl.py --rows 12  # a quick look
+    python benchmarks/vs_trl.py                     # about 20 minutes on 2 CPU cores; needs `pip install -e .[trl]`
+    python benchmarks/vs_trl.py --repeats 1         # a quick look
+    python benchmarks/vs_trl.py --vocabulary 8192   # a small vocabulary, where TRL loses least
 
 Each side runs in processes of its own, one after the other and in turns, under the same thread settings; timed is
 `trainer.train()` alone. Model: a 7 M-parameter llama with random weights, full fine-tuning in fp32. Rows: 48 pairs,
@@ -33,26 +34,32 @@ STEPS_OF = {
 BETA = 0.1
 
 
-def make_world(folder: Path, rows: int) -> None:
+# Hidden size, feed-forward size and heads of 7 M parameters: 6 layers, tied embeddings. 32000 is the usual
+# vocabulary (LlamaConfig's default); TRL's cost grows with it, because it scores every position, prompts included.
+SIZES = {32000: (160, 432, 5), 8192: (256, 688, 4)}
+
+
+def make_world(folder: Path, rows: int, size: int) -> None:
     """A model, a tokenizer and rows that both sides read from disk."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(8189))])}
+    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(size - 3))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
     ).save_pretrained(folder / "model")
     torch.manual_seed(0)
+    hidden, inner, heads = SIZES[size]
     config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=688,
+        vocab_size=size,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=1,
@@ -61,13 +68,13 @@ def make_world(folder: Path, rows: int) -> None:
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "model")
-    print(f"model: llama, {model.num_parameters() / 1e6:.1f} M parameters, fp32")
+    print(f"model: llama, {model.num_parameters() / 1e6:.1f} M parameters, vocabulary {size}, fp32")
     generator = torch.Generator().manual_seed(1)
 
     def words(mean: float) -> str:
         length = (torch.randn((), generator=generator) * 0.4).exp() * mean
         return " ".join(
-            f"w{i}" for i in torch.randint(8189, (int(length.clamp(8, 800)),), generator=generator).tolist()
+            f"w{i}" for i in torch.randint(size - 3, (int(length.clamp(8, 800)),), generator=generator).tolist()
         )
 
     for K in (2, 8):
@@ -216,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--vocabulary", type=int, default=32000, choices=list(SIZES))
     parser.add_argument("--side", choices=["trl", "po"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--reference", choices=["recompute", "cached"], help=argparse.SUPPRESS)
@@ -225,7 +233,7 @@ def main() -> None:
         run_side(given.side, given.folder, given.reference, given.k)
         return
     with tempfile.TemporaryDirectory() as folder:
-        make_world(Path(folder), given.rows)
+        make_world(Path(folder), given.rows, given.vocabulary)
         table(Path(folder), given.repeats)
 
 

@@ -22,7 +22,7 @@ from po.attention import dropped, no_mask, watch
 from po.errors import NumericsError
 from po.forest import Forest, Padded
 
-_CHUNK = {"cuda": 1 << 26, "cpu": 1 << 20}  # logits alive at a time, elements
+_CHUNK = {"cuda": 1 << 26, "cpu": 1 << 23}  # logits alive at a time, elements
 
 
 class Scores(NamedTuple):
@@ -41,42 +41,37 @@ class Shape(NamedTuple):
     softcap: float | None = None
 
 
-class _Picked(NamedTuple):
-    logp: Tensor
-    entropy: Tensor
-    correct: Tensor
-    prob: Tensor  # (C, V), d logits / d raw folded in, so that d logp / d raw = slope_target * onehot - prob
-    slope: Tensor | None  # slope at the target, None when 1
-
-
-def _pick(raw: Tensor, target: Tensor, shape: Shape, entropy: bool) -> _Picked:
-    """Scores of one chunk from the head's raw output (C, V), in fp32 (float64 stays)."""
+def _logits(raw: Tensor, shape: Shape) -> Tensor:
+    """The logits of one chunk from the head's raw output, (C, V), in fp32 (float64 stays)."""
     logits = raw if raw.dtype == torch.float64 else raw.float()
     if shape.scale != 1.0:
         logits = logits * shape.scale
     if shape.softcap is not None:
         logits = torch.tanh(logits / shape.softcap) * shape.softcap
+    return logits
+
+
+def _grad(logits: Tensor, target: Tensor, lse: Tensor, factor: Tensor, shape: Shape) -> Tensor:
+    """factor * d logp / d raw, (C, V); overwrites the logits unless the shape needs them."""
+    plain = shape == Shape()
+    grad = (logits if plain else logits.clone()).sub_(lse[:, None]).exp_().mul_(-factor[:, None])
+    grad.scatter_add_(-1, target[:, None], factor[:, None])
+    if shape.softcap is not None:
+        grad *= 1 - (logits / shape.softcap) ** 2
+    return grad if plain else grad.mul_(shape.scale)
+
+
+def _score_chunk(logits: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy, whether the target is the likeliest, and the logsumexp, each (C,)."""
     top = logits.amax(-1)
     at = logits.gather(-1, target[:, None])[:, 0]
-    prob = (logits - top[:, None]).exp_()
-    total = prob.sum(-1)
-    prob = prob.div_(total[:, None])
+    if not entropy:
+        lse = logits.logsumexp(-1)
+        return at - lse, torch.zeros_like(lse), at >= top, lse
+    weight = (logits - top[:, None]).exp_()
+    total = weight.sum(-1)
     lse = top + total.log()
-    ent = lse - torch.linalg.vecdot(prob, logits) if entropy else torch.zeros_like(lse)
-    slope = None
-    if shape.softcap is not None or shape.scale != 1.0:
-        slope_CV = torch.full_like(logits, shape.scale)
-        if shape.softcap is not None:
-            slope_CV *= 1 - (logits / shape.softcap) ** 2
-        prob.mul_(slope_CV)
-        slope = slope_CV.gather(-1, target[:, None])[:, 0]
-    return _Picked(at - lse, ent, at >= top, prob, slope)
-
-
-def _minus_onehot(p: _Picked, target: Tensor) -> Tensor:
-    """d logp / d raw, negated, (C, V): the scaled probabilities minus the target's slope. In place."""
-    one = torch.ones_like(p.logp) if p.slope is None else p.slope
-    return p.prob.scatter_add_(-1, target[:, None], -one[:, None])
+    return at - lse, lse - torch.linalg.vecdot(weight, logits) / total, at >= top, lse
 
 
 class _HeadLogProb(torch.autograd.Function):
@@ -101,16 +96,17 @@ class _HeadLogProb(torch.autograd.Function):
         b = None if bias_V is None else bias_V.to(dtype)
         out, grads = [], []
         for h, y in zip(hidden_TD.split(rows), target_T.split(rows)):
-            p = _pick(nn.functional.linear(h.to(dtype), w, b), y, shape, entropy)
-            out.append((p.logp, p.entropy, p.correct))
+            logits = _logits(nn.functional.linear(h.to(dtype), w, b), shape)
+            out.append(_score_chunk(logits, y, entropy))
             if early:
-                grads.append(-(_minus_onehot(p, y).to(dtype) @ w))
+                lse = out[-1][-1]
+                grads.append(_grad(logits, y, lse, torch.ones_like(lse), shape).to(dtype) @ w)
         ctx.early = early
+        logp_T, entropy_T, correct_T, lse_T = (torch.cat(x) for x in zip(*out))
         if early:
-            ctx.save_for_backward(torch.cat(grads) if grads else hidden_TD)
+            ctx.save_for_backward(torch.cat(grads))
         else:
-            ctx.save_for_backward(hidden_TD, weight_VD, *(() if bias_V is None else (bias_V,)), target_T)
-        logp_T, entropy_T, correct_T = (torch.cat(x) for x in zip(*out))
+            ctx.save_for_backward(hidden_TD, weight_VD, *(() if bias_V is None else (bias_V,)), target_T, lse_T)
         ctx.mark_non_differentiable(entropy_T, correct_T)
         return logp_T, entropy_T, correct_T
 
@@ -119,23 +115,23 @@ class _HeadLogProb(torch.autograd.Function):
         if ctx.early:
             (grad_TD,) = ctx.saved_tensors
             return (grad_TD * grad_T[:, None].to(grad_TD.dtype), *(None,) * 7)
-        hidden_TD, weight_VD, *bias, target_T = ctx.saved_tensors
+        hidden_TD, weight_VD, *bias, target_T, lse_T = ctx.saved_tensors
         w = weight_VD.to(ctx.dtype)
         b = bias[0].to(ctx.dtype) if bias else None
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_w = torch.zeros_like(weight_VD, dtype=grad_T.dtype) if need_weight else None
         grad_b = torch.zeros_like(bias[0], dtype=grad_T.dtype) if bias and need_bias else None
         grads = []
-        for h, y, g in zip(hidden_TD.split(ctx.rows), target_T.split(ctx.rows), grad_T.split(ctx.rows)):
-            p = _pick(nn.functional.linear(h.to(ctx.dtype), w, b), y, ctx.shape, False)
-            d = _minus_onehot(p, y).mul_(-g[:, None])
+        for h, y, lse, g in zip(*(x.split(ctx.rows) for x in (hidden_TD, target_T, lse_T, grad_T))):
+            logits = _logits(nn.functional.linear(h.to(ctx.dtype), w, b), ctx.shape)
+            d = _grad(logits, y, lse, g, ctx.shape)
             if grad_b is not None:
                 grad_b += d.sum(0)
             d = d.to(ctx.dtype)
             if need_hidden:
                 grads.append(d @ w)
             if grad_w is not None:
-                grad_w += d.T @ h.to(ctx.dtype)
+                grad_w.addmm_(d.T.to(grad_w.dtype), h.to(grad_w.dtype))
         return (
             torch.cat(grads).to(hidden_TD.dtype) if need_hidden else None,
             None if grad_w is None else grad_w.to(weight_VD.dtype),
@@ -160,12 +156,7 @@ def _score_module(head: nn.Module, hidden_TD: Tensor, target_T: Tensor, shape: S
     """Any head (LoRA on it, a trained copy of it): each chunk goes through the module, and again in backward."""
 
     def chunk(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raw = head(h)
-        logits = raw if raw.dtype == torch.float64 else raw.float()
-        logits = logits * shape.scale
-        if shape.softcap is not None:
-            logits = torch.tanh(logits / shape.softcap) * shape.softcap
-        log_prob = logits.log_softmax(-1)
+        log_prob = _logits(head(h), shape).log_softmax(-1)
         logp = log_prob.gather(-1, y[:, None])[:, 0]
         with torch.no_grad():
             ent = -(log_prob.exp() * log_prob).sum(-1) if entropy else torch.zeros_like(logp)
