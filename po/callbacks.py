@@ -16,30 +16,14 @@ from types import FrameType
 from typing import Any, TextIO
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback
 
 from po.errors import NumericsError
+from po.ranks import gather, on_any, rank
 from po.types import HeadInput
-
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _any_rank(flag: Tensor) -> bool:
-    """Whether the 0-dim flag is set on any rank; the same answer on all."""
-    found = flag.to(torch.int32)
-    if _ranks() > 1:
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
 
 
 class GracefulStop(TrainerCallback):
@@ -75,11 +59,11 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._asked is None and self._ancestors != _launchers():
             self._asked = "the launcher has vanished"
-        if not _any_rank(torch.tensor(self._asked is not None, device=args.device)):
+        if not on_any(torch.tensor(self._asked is not None, device=args.device)):
             return
         control.should_save = control.should_training_stop = True
         if self._asked is not None and not self.stopped:
-            why = f"rank {_rank()}: {self._asked}: saving at step {state.global_step} and leaving\n"
+            why = f"rank {rank()}: {self._asked}: saving at step {state.global_step} and leaving\n"
             sys.stderr.write(why)
         self.stopped = True
 
@@ -135,7 +119,7 @@ class Watchdog(TrainerCallback):
             if time.monotonic() >= self._deadline:
                 err = _stderr()
                 err.write(
-                    f"watchdog: rank {_rank()}: nothing has moved for {self._seconds:g} s after step {self._step}. The "
+                    f"watchdog: rank {rank()}: nothing has moved for {self._seconds:g} s after step {self._step}. The "
                     "stacks of all threads follow; a rank that waits in a collective waits for another one.\n"
                 )
                 err.flush()
@@ -208,20 +192,16 @@ class NonFinite(TrainerCallback):
         sums = torch.stack([m.sums for m in micros])
         if loss_only:
             sums = sums[:, :1]
-        if _any_rank(~sums.isfinite().all()):
+        if on_any(~sums.isfinite().all()):
             raise NumericsError(self._report(micros, sums.isfinite().logical_not().tolist()))
 
     def _report(self, micros: Sequence[_Micro], bad: Sequence[Sequence[bool]]) -> str:
         """What happened where, the same text on all ranks; rank 0 writes the heads' inputs to the run folder."""
-        mine = [_describe(_rank(), n, m, b) for n, (m, b) in enumerate(zip(micros, bad)) if any(b)]
-        ranks: list[Any] = [mine]
-        if _ranks() > 1:
-            ranks = [None] * _ranks()
-            dist.all_gather_object(ranks, mine)
-        found = [f for rank in ranks for f in rank]
+        mine = [_describe(rank(), n, m, b) for n, (m, b) in enumerate(zip(micros, bad)) if any(b)]
+        found = [f for told in gather(mine) for f in told]
         stem = self._run_dir / f"nonfinite-step-{self._step}"
         kept = f"What the heads saw is in {stem}.safetensors, explained in {stem.name}.json."
-        if _rank() == 0:
+        if rank() == 0:
             try:
                 _dump(stem, found)
             except (OSError, SafetensorError) as e:

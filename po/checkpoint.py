@@ -23,6 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 
 from po.errors import POError, UserError
+from po.ranks import gather, rank
 
 MANIFEST = "manifest.json"
 _SAVING = "saving"  # in a folder that is being written: what a killed run leaves behind can be told from others' files
@@ -33,17 +34,9 @@ class SaveError(POError):
     """A checkpoint could not be written. The one before is untouched."""
 
 
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def _agree(mine: str | None) -> str | None:
     """What any rank says (the first that says something), on all ranks; also a barrier."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return mine
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, mine)
-    return next((s for s in said if s is not None), None)
+    return next((s for s in gather(mine) if s is not None), None)
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -80,7 +73,7 @@ def seal(folder: Path, meta: Mapping[str, Any]) -> None:
     `meta` in it, is on disk. SaveError on all ranks where rank 0 could not write it."""
     _agree(None)  # every rank has written
     failed = None
-    if _rank() == 0:
+    if rank() == 0:
         try:
             _write_manifest(folder, meta)
         except OSError as e:
@@ -145,7 +138,7 @@ def newest_sound(run_dir: Path, say: Callable[[str], object] = sys.stderr.write)
     same answer."""
     assert dist.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) == 1, "ranks must agree on the checkpoint"
     pick = None
-    if _rank() == 0:
+    if rank() == 0:
         for folder in checkpoints(run_dir):
             broken = why_broken(folder)
             if broken is None:
@@ -197,11 +190,11 @@ def sealed_save(
     always among them. A sealed checkpoint of this step stays as it is. SaveError where the disk is full or the folder
     cannot be written; the checkpoints before are then untouched and the unfinished one is removed to make room.
     """
-    sealed = _rank() == 0 and not isinstance(_manifest(folder), str)
+    sealed = rank() == 0 and not isinstance(_manifest(folder), str)
     if _agree("sealed" if sealed else None):
         return
     try:
-        if _rank() == 0:
+        if rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             (folder / _SAVING).touch()
@@ -214,7 +207,7 @@ def sealed_save(
         message = str(e) if isinstance(e, SaveError) else _explain(folder, e)
         shutil.rmtree(folder, ignore_errors=True)
         raise SaveError(message) from e
-    if _rank() == 0:
+    if rank() == 0:
         rotate(folder.parent, keep, best)
 
 

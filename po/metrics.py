@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from po.heads import HEADS
 from po.logprob import Scores
 from po.objective import Parts
+from po.ranks import gather
 from po.spec import Term
 from po.types import HeadInput
 
@@ -52,11 +52,7 @@ class Meter:
             sums = torch.stack(list(self._means.values())).tolist()
             mine |= {name: ("mean", s, n) for name, (s, n) in zip(self._means, sums)}
         self._means, self._host = {}, {}
-        ranks = [mine]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            ranks = [{} for _ in range(dist.get_world_size())]
-            dist.all_gather_object(ranks, mine)
-        return _merge(ranks)
+        return _merge(gather(mine))
 
 
 def _merge(ranks: Sequence[dict[str, tuple[_Kind, float, float]]]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from po.errors import NumericsError, UserError
 from po.logp_store import LogpStore
 from po.logprob import score
 from po.policy import load_frozen, load_tokenizer, plainly
+from po.ranks import on_any
 from po.ref_cache import RefCache, compute_dtype, tolerance
 from po.sharing import share
 from po.spec import ModelSpec, Recipe, ReferenceSpec
@@ -173,11 +174,11 @@ def build_reference(
     net = None
     for _ in range(3):
         todo = cache.missing(groups)
-        if not _on_any_rank(len(todo), device):
+        if not on_any(torch.tensor(bool(todo), device=device)):
             break
         net = net or _load(what.model, device, share_prefix)
         cache.fill(net, groups, todo, rank, world)
-        _on_any_rank(0, device)
+        on_any(torch.tensor(False, device=device))
         cache.store.refresh()
     else:
         raise UserError(
@@ -219,15 +220,6 @@ def _check_vocabulary(policy: ModelSpec, reference: ModelSpec) -> None:
             f"reference.from: {reference.name_or_path!r} has another vocabulary than the policy's tokenizer "
             f"({policy.tokenizer or policy.name_or_path!r}), so its log-probs would be of other texts"
         )
-
-
-def _on_any_rank(n: int, device: torch.device) -> bool:
-    """Whether n > 0 on some rank; waits for all of them."""
-    if not torch.distributed.is_initialized():
-        return n > 0
-    most = torch.tensor(n, device=device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return bool(most.item())
 
 
 def check_start(policy_T: Tensor, ref_T: Tensor, batch: Batch, dtype: torch.dtype = torch.float32) -> float:

@@ -187,7 +187,4 @@ def _identity(path: Path) -> tuple[str, int, int, int, int, int]:
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
-        h = hashlib.sha256()
-        while chunk := f.read(1 << 22):
-            h.update(chunk)
-    return h.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()

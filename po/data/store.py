@@ -130,8 +130,5 @@ def workspace(parent: Path) -> Path:
 
 
 def _sha256(path: Path) -> str:
-    sha = hashlib.sha256()
     with open(path, "rb") as f:
-        for block in iter(lambda: f.read(1 << 20), b""):
-            sha.update(block)
-    return sha.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
