@@ -5,8 +5,8 @@ keeps the hidden states that predict a response token, and walks the LM head ove
 the wrapped module (DDP, DeepSpeed, PEFT), so their hooks fire. A plain call is untouched.
 
 The chunks' logits live for one chunk at a time, forward and backward. With a frozen head (LoRA) the gradient with
-respect to the hidden states is formed while the chunk is there, so nothing is computed twice; with a trained head the
-chunk is computed again in the backward pass.
+respect to the hidden states is formed while the chunk is there, so nothing is computed twice; with a trained head all
+chunks but the last are computed again in the backward pass.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from po.attention import dropped, no_mask, watch
 from po.errors import NumericsError
 from po.forest import Forest, Padded
 
-_CHUNK = {"cuda": 1 << 26, "cpu": 1 << 23}  # logits alive at a time, elements
+_CHUNK = {"cuda": 1 << 26, "cpu": 1 << 25}  # logits alive at a time, elements
 
 
 class Scores(NamedTuple):
@@ -51,31 +51,54 @@ def _logits(raw: Tensor, shape: Shape) -> Tensor:
     return logits
 
 
-def _grad(logits: Tensor, target: Tensor, lse: Tensor, factor: Tensor, shape: Shape) -> Tensor:
-    """factor * d logp / d raw, (C, V); overwrites the logits unless the shape needs them."""
-    plain = shape == Shape()
-    grad = (logits if plain else logits.clone()).sub_(lse[:, None]).exp_().mul_(-factor[:, None])
-    grad.scatter_add_(-1, target[:, None], factor[:, None])
-    if shape.softcap is not None:
-        grad *= 1 - (logits / shape.softcap) ** 2
-    return grad if plain else grad.mul_(shape.scale)
+class _Chunk(NamedTuple):
+    """A chunk of rows: its logits and their softmax, both (C, V)."""
+
+    logits: Tensor
+    prob: Tensor
+
+    def score(self, target: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-prob, entropy, and whether the target is the likeliest, each (C,)."""
+        top = self.logits.amax(-1)
+        lse = top - self.prob.amax(-1).log()  # the likeliest token's probability is exp(top - lse)
+        at = self.logits.gather(-1, target[:, None])[:, 0]
+        ent = lse - torch.linalg.vecdot(self.prob, self.logits) if entropy else torch.zeros_like(lse)
+        return at - lse, ent, at >= top
+
+    def slope(self, target: Tensor, shape: Shape) -> Tensor:
+        """d logp / d raw, (C, V); overwrites the softmax."""
+        slope = self.prob.neg_()
+        slope.scatter_add_(-1, target[:, None], torch.ones_like(slope[:, :1]))
+        if shape.softcap is not None:
+            slope *= 1 - (self.logits / shape.softcap) ** 2
+        return slope if shape.scale == 1.0 else slope.mul_(shape.scale)
 
 
-def _score_chunk(logits: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy, whether the target is the likeliest, and the logsumexp, each (C,)."""
-    top = logits.amax(-1)
-    at = logits.gather(-1, target[:, None])[:, 0]
-    if not entropy:
-        lse = logits.logsumexp(-1)
-        return at - lse, torch.zeros_like(lse), at >= top, lse
-    weight = (logits - top[:, None]).exp_()
-    total = weight.sum(-1)
-    lse = top + total.log()
-    return at - lse, lse - torch.linalg.vecdot(weight, logits) / total, at >= top, lse
+class _Walk:
+    """Chunk after chunk of a linear head's rows in the same two buffers (a fresh 64 MB costs as much as a pass)."""
+
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None, rows: int, dtype: torch.dtype, shape: Shape) -> None:
+        self.w, self._shape, self._dtype = weight_VD.to(dtype), shape, dtype
+        self._b = None if bias_V is None else bias_V.to(dtype)
+        self._raw = weight_VD.new_empty(rows, weight_VD.shape[0], dtype=dtype)
+        full = torch.float64 if dtype == torch.float64 else torch.float32
+        self._prob = weight_VD.new_empty(rows, weight_VD.shape[0], dtype=full)
+
+    def __call__(self, h: Tensor) -> _Chunk:
+        h, raw = h.to(self._dtype), self._raw[: len(h)]
+        if self._b is None:
+            torch.mm(h, self.w.T, out=raw)
+        else:
+            torch.addmm(self._b, h, self.w.T, out=raw)
+        logits = _logits(raw, self._shape)
+        return _Chunk(logits, torch.softmax(logits, -1, out=self._prob[: len(h)]))
 
 
 class _HeadLogProb(torch.autograd.Function):
-    """Linear head + log-softmax + gather over chunks of rows."""
+    """Linear head + log-softmax + gather over chunks of rows.
+
+    With a trained head the backward pass computes the chunks again, all but the last one, which is still there.
+    """
 
     @staticmethod
     def forward(
@@ -89,24 +112,23 @@ class _HeadLogProb(torch.autograd.Function):
         rows: int,
         dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.shape, ctx.rows, ctx.dtype, ctx.has_bias = shape, rows, dtype, bias_V is not None
+        ctx.shape, ctx.rows, ctx.dtype = shape, rows, dtype
         trains_head = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
         early = hidden_TD.requires_grad and not trains_head
-        w = weight_VD.to(dtype)
-        b = None if bias_V is None else bias_V.to(dtype)
+        walk = _Walk(weight_VD, bias_V, min(rows, len(hidden_TD)), dtype, shape)
         out, grads = [], []
         for h, y in zip(hidden_TD.split(rows), target_T.split(rows)):
-            logits = _logits(nn.functional.linear(h.to(dtype), w, b), shape)
-            out.append(_score_chunk(logits, y, entropy))
+            chunk = walk(h)
+            out.append(chunk.score(y, entropy))
             if early:
-                lse = out[-1][-1]
-                grads.append(_grad(logits, y, lse, torch.ones_like(lse), shape).to(dtype) @ w)
+                grads.append(chunk.slope(y, shape).to(dtype) @ walk.w)
         ctx.early = early
-        logp_T, entropy_T, correct_T, lse_T = (torch.cat(x) for x in zip(*out))
         if early:
             ctx.save_for_backward(torch.cat(grads))
         else:
-            ctx.save_for_backward(hidden_TD, weight_VD, *(() if bias_V is None else (bias_V,)), target_T, lse_T)
+            biases = () if bias_V is None else (bias_V,)
+            ctx.save_for_backward(hidden_TD, weight_VD, *biases, target_T, *((chunk.slope(y, shape),) if out else ()))
+        logp_T, entropy_T, correct_T = (torch.cat(x) for x in zip(*out))
         ctx.mark_non_differentiable(entropy_T, correct_T)
         return logp_T, entropy_T, correct_T
 
@@ -115,23 +137,25 @@ class _HeadLogProb(torch.autograd.Function):
         if ctx.early:
             (grad_TD,) = ctx.saved_tensors
             return (grad_TD * grad_T[:, None].to(grad_TD.dtype), *(None,) * 7)
-        hidden_TD, weight_VD, *bias, target_T, lse_T = ctx.saved_tensors
-        w = weight_VD.to(ctx.dtype)
-        b = bias[0].to(ctx.dtype) if bias else None
+        hidden_TD, weight_VD, *bias, target_T, last = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_w = torch.zeros_like(weight_VD, dtype=grad_T.dtype) if need_weight else None
         grad_b = torch.zeros_like(bias[0], dtype=grad_T.dtype) if bias and need_bias else None
-        grads = []
-        for h, y, lse, g in zip(*(x.split(ctx.rows) for x in (hidden_TD, target_T, lse_T, grad_T))):
-            logits = _logits(nn.functional.linear(h.to(ctx.dtype), w, b), ctx.shape)
-            d = _grad(logits, y, lse, g, ctx.shape)
+        w = weight_VD.to(ctx.dtype)
+        walk = None
+        grads: list[Tensor] = []
+        for h, y, g in reversed(list(zip(*(x.split(ctx.rows) for x in (hidden_TD, target_T, grad_T))))):
+            if last is not None:
+                slope, last = last, None
+            else:
+                walk = walk or _Walk(w, bias[0] if bias else None, len(h), ctx.dtype, ctx.shape)
+                slope = walk(h).slope(y, ctx.shape)
             if grad_b is not None:
-                grad_b += d.sum(0)
-            d = d.to(ctx.dtype)
+                grad_b += slope.T @ g.to(slope.dtype)
             if need_hidden:
-                grads.append(d @ w)
+                grads.insert(0, (slope.to(ctx.dtype) @ w) * g[:, None].to(ctx.dtype))
             if grad_w is not None:
-                grad_w.addmm_(d.T.to(grad_w.dtype), h.to(grad_w.dtype))
+                grad_w.addmm_(slope.T.to(grad_w.dtype), h.to(grad_w.dtype) * g[:, None])
         return (
             torch.cat(grads).to(hidden_TD.dtype) if need_hidden else None,
             None if grad_w is None else grad_w.to(weight_VD.dtype),

@@ -22,7 +22,7 @@ from po.hardening import keep_shm_clean, refuse_pickles
 from po.logs import MetricsFile, Progress
 from po.merge import check_tensors, each_tensor
 from po.policy import load_policy, load_tokenizer, tokenizer_key
-from po.process import arguments, quiet, say
+from po.process import arguments, keep_freed_memory, quiet, say
 from po.recipe import keep_checkpoints, resolved_text
 from po.reference import build_reference
 from po.sharing import problem, share
@@ -101,6 +101,8 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
     refuse_pickles()
     keep_shm_clean()
     args = arguments(recipe)
+    if args.device.type == "cpu":
+        keep_freed_memory()
     if args.process_index == 0:
         _write_run_files(folder, recipe, data)
     torch.manual_seed(recipe.seed)

@@ -1,5 +1,5 @@
 """The nouns. Dimension key: G groups (prompts), K most responses of a group, S positions of the packed stream,
-T response tokens (flat, never padded), D hidden size, V vocabulary.
+T response tokens (flat, never padded), D hidden size, V vocabulary, E embedding size, M tokens that a teacher scored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Unit = Literal["group", "response", "token"]
-Layout = Literal["pair", "set", "unpaired", "best"]
+Layout = Literal["pair", "set", "unpaired", "labelled", "best"]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,21 @@ class HeadInput:
     ref: Tensor | None = None
     old: Tensor | None = None
     token_kl: Tensor | None = None
+    collision: Tensor | None = None
+    differs: Tensor | None = None
+    candidate: Tensor | None = None
+    teacher: Tensor | None = None
+    teacher_ref: Tensor | None = None
     reward: Tensor | None = None
     label: Tensor | None = None
     embedding: Tensor | None = None
+    prompt_embedding: Tensor | None = None
+    mismatch: Tensor | None = None
+    row: Tensor | None = None
     best_first: bool = False  # the responses stand best first, whatever their rewards say: pairs
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def ref_T(self) -> Tensor:
@@ -75,8 +85,33 @@ class HeadInput:
 
     @property
     def token_kl_T(self) -> Tensor:
-        """KL(ref || policy) over the vocabulary at each response position. (T,)"""
+        """KL(ref || policy) over the vocabulary at each response position, with gradient. (T,)"""
         return _given(self.token_kl, "token_kl_T", "token_kl=True")
+
+    @property
+    def collision_T(self) -> Tensor:
+        """log sum_v pi(v)^2 at each response position, no gradient. (T,)"""
+        return _given(self.collision, "collision_T", "collision=True")
+
+    @property
+    def differs_T(self) -> Tensor:
+        """Whether the token is part of an edit between the two responses of its pair. (T,) bool"""
+        return _given(self.differs, "differs_T", "differs=True")
+
+    @property
+    def candidate_TM(self) -> Tensor:
+        """log pi of the tokens that a teacher scored at each response position, with gradient. (T, M)"""
+        return _given(self.candidate, "candidate_TM", "teacher=True")
+
+    @property
+    def teacher_TM(self) -> Tensor:
+        """The teacher's log-probs of those tokens; -inf where it scored fewer than M. (T, M)"""
+        return _given(self.teacher, "teacher_TM", "teacher=True")
+
+    @property
+    def teacher_ref_TM(self) -> Tensor:
+        """The log-probs of those tokens under the teacher's own reference. (T, M)"""
+        return _given(self.teacher_ref, "teacher_ref_TM", "teacher=True")
 
     @property
     def reward_GK(self) -> Tensor:
@@ -89,9 +124,32 @@ class HeadInput:
         return _given(self.label, "label_GK", "label=True")
 
     @property
+    def mismatch_G(self) -> Tensor:
+        """log pi/ref of another row's response after this prompt, summed over its tokens; no gradient. (G,)"""
+        return _given(self.mismatch, "mismatch_G", "mismatch=True")
+
+    @property
+    def row_G(self) -> Tensor:
+        """Which row of the training data the group comes from, from 0; what per-row state is indexed by. (G,) int64"""
+        return _given(self.row, "row_G", "row=True")
+
+    @property
     def embedding_GKE(self) -> Tensor:
-        """An embedding of each response. (G, K, E)"""
+        """The row's embedding of each response. (G, K, E)"""
         return _given(self.embedding, "embedding_GKE", "embedding=True")
+
+    @property
+    def prompt_embedding_GE(self) -> Tensor:
+        """The row's embedding of its prompt. (G, E)"""
+        return _given(self.prompt_embedding, "prompt_embedding_GE", "prompt_embedding=True")
+
+    def column_G(self, name: str) -> Tensor:
+        """A number that the row carries under this name. (G,)"""
+        return _given(self.columns.get(name), f"column {name!r}", f'columns=("{name}",)')
+
+    def gate_T(self, name: str) -> Tensor:
+        """What the head's own module (build) makes of the hidden state that predicts each token, with gradient. (T,)"""
+        return _given(self.gates.get(name), f"gate {name!r}", "hidden=...")
 
     @property
     def logratio_T(self) -> Tensor:
@@ -120,17 +178,20 @@ class HeadOutput:
     """Un-reduced. The shape is the unit: (G,) group, (G, K) response, (T,) token. Only `objective` averages.
 
     Metrics are un-reduced likewise; they are averaged over the groups, responses or tokens of a log interval.
+    state: what the head remembers for the next step, detached, under the names of Head.state.
     """
 
     loss: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Needs:
     """What a head must be fed; checked against the data before any model is loaded.
 
-    layout: "pair" (two responses, best first), "set" (K >= 2 responses), "unpaired" (one labelled response) or "best"
+    layout: "pair" (two responses, best first), "set" (K >= 2 responses), "unpaired" (one labelled response), "labelled"
+        (K >= 1 responses of a prompt with labels +1, -1 or 0: groups of good and bad ones, unlabelled ones) or "best"
         (the best response of a row; in a batch that another head lays out, the best of each group).
     unit: what the loss is averaged over. Every unit of the batch counts, or with layout "best" those of best_GK.
     """
@@ -141,10 +202,18 @@ class Needs:
     reward: bool = False
     label: bool = False
     behaviour: bool = False  # old_T: the sampler's own log-probs
-    token_kl: bool = False
+    token_kl: bool = False  # KL(ref || policy) per token; the reference cannot be a cache
+    collision: bool = False  # log sum_v pi(v)^2 per token
+    differs: bool = False  # which tokens of a pair were edited
+    teacher: bool = False  # a teacher's log-probs of its likeliest tokens, stored with the rows
     embedding: bool = False
+    prompt_embedding: bool = False
+    mismatch: bool = False  # another row's response after this prompt
+    row: bool = False  # the row's index, for per-row state
+    columns: tuple[str, ...] = ()  # numbers that every row must carry
     hidden: Literal["policy", "ref"] | None = None  # fed to the module from build()
-    couples_batch: bool = False  # reads statistics across groups (KTO's KL, AOT's sort)
+    raw_logps: bool = False  # with a reference: reads log pi other than through log pi/ref
+    couples_batch: bool = False  # reads statistics across groups (KTO's KL, AOT's sort), or keeps state
     stops_gradient: bool = False  # treats something that depends on the policy as a constant
 
 
@@ -164,6 +233,13 @@ class Head(ABC):
         """The loss of a group of K responses where policy == reference, if it has one known value."""
         return None
 
-    def build(self, hidden_size: int) -> nn.Module | None:
-        """Trainable parameters, if any: a module from hidden states (T, D) to {name: gate (T,)}."""
+    def state(self, rows: int) -> dict[str, Tensor]:
+        """What the head remembers from step to step, as it is before the first one; kept in checkpoints. `rows`: how
+        many rows the training data has. A head with state sets couples_batch: it is called once per optimizer step,
+        on all groups of the step, finds the state in x.state and returns the next one in HeadOutput.state."""
+        return {}
+
+    def build(self, hidden_size: int, layers: int) -> nn.Module | None:
+        """Trainable parameters, if any: a module from hidden states (T, L, D) of the embeddings and the L - 1 layers,
+        at the positions that predict the response tokens, to {name: gate (T,)}. An optimizer group of its own."""
         return None

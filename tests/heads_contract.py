@@ -13,7 +13,17 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from heads_support import change, loss_and_grad, parts, random_input, segments, tensors, within
+from heads_support import (
+    EMPTY_ROW,
+    PER_TOKEN,
+    change,
+    loss_and_grad,
+    parts,
+    random_input,
+    segments,
+    tensors,
+    within,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -82,7 +92,7 @@ def reads_only_types_and_numeric(head: Head) -> None:
 @check
 def loss_and_gradient_are_finite(head: Head) -> None:
     for same in (False, True):
-        loss, grad_T = loss_and_grad(head, random_input(head.needs, same=same))
+        loss, grad_T = loss_and_grad(head, random_input(head, same=same))
         assert loss.isfinite().all(), f"policy == reference: {same}"
         assert grad_T.isfinite().all(), f"policy == reference: {same}"
 
@@ -97,7 +107,7 @@ def extreme_inputs_stay_finite(head: Head) -> None:
     index_GK = torch.arange(seg.valid_GK.numel()).view_as(seg.valid_GK)
     shift_T = torch.tensor([1000.0, -1000.0, 0.0, -1e-6, 1000.0])[torch.arange(seg.slot_T.numel()) % 5]
     for reward in (torch.full(seg.valid_GK.shape, 0.1), (index_GK % 2).float(), 1e8 * (index_GK % 3 - 1.0)):
-        x = random_input(head.needs, lengths, reward=reward.double())
+        x = random_input(head, lengths, reward=reward.double())
         x = in_precision(change(x, policy_T=x.policy_T.detach() + shift_T), torch.float32)
         loss, grad_T = loss_and_grad(head, x)
         assert loss.isfinite().all()
@@ -107,7 +117,7 @@ def extreme_inputs_stay_finite(head: Head) -> None:
 @check
 def gradient_is_the_derivative_unless_declared(head: Head) -> None:
     """A detach() that the head does not declare, or a declared one that is not there, fails."""
-    x = random_input(head.needs)
+    x = random_input(head)
 
     def loss(policy_T: Tensor) -> Tensor:
         return head(change(x, policy_T=policy_T)).loss
@@ -119,15 +129,16 @@ def gradient_is_the_derivative_unless_declared(head: Head) -> None:
 @check
 def never_waits_for_the_device(head: Head) -> None:
     """Meta tensors have no values: .item(), bool(tensor) and data-dependent shapes raise here."""
-    x = random_input(head.needs)
+    x = random_input(head)
     seg = Segments(x.seg.slot_T.to("meta"), x.seg.valid_GK.to("meta"))
-    out = head(change(x, seg=seg, **{k: t.to("meta") for k, t in tensors(x).items()}))
+    y = mapped(x, lambda _, t: t.to("meta"))
+    out = head(change(y, seg=seg, state={k: t.to("meta") for k, t in x.state.items()}))
     assert out.loss.device.type == "meta"
 
 
 @check
 def is_pure(head: Head) -> None:
-    x = random_input(head.needs)
+    x = random_input(head)
     before = {k: t.clone() for k, t in tensors(x).items()}
     state = torch.get_rng_state()
     first, second = head(x).loss, head(x).loss
@@ -140,7 +151,7 @@ def is_pure(head: Head) -> None:
 @check
 def the_unit_is_the_shape(head: Head) -> None:
     """The loss has the declared unit's shape, metrics the shape of some unit; metrics carry no gradient."""
-    x = random_input(head.needs)
+    x = random_input(head)
     out = parts(head, x).outputs[0]
     assert out.loss.dtype == x.policy_T.dtype
     G, K = x.seg.valid_GK.shape
@@ -154,7 +165,7 @@ def the_unit_is_the_shape(head: Head) -> None:
 def a_group_ignores_its_neighbours(head: Head) -> None:
     if head.needs.couples_batch:
         return
-    x = random_input(head.needs)
+    x = random_input(head)
     whole = head(x).loss
     alone = [head(only(x, g)).loss for g in range(x.seg.valid_GK.shape[0])]
     assert_close(whole, torch.cat(alone))
@@ -164,7 +175,7 @@ def a_group_ignores_its_neighbours(head: Head) -> None:
 def empty_places_change_nothing(head: Head) -> None:
     """A further slot without a response, or a whole group without any, whatever stands in its reward."""
     for reward in (1e6, math.nan):
-        x = random_input(head.needs)
+        x = random_input(head)
         loss, grad_T = mean_and_grad(head, x)
         widened = [with_empty_group(x, reward)]
         if head.needs.layout in ("set", "best"):
@@ -183,20 +194,48 @@ def reads_what_it_declares(head: Head) -> None:
         ("reward", "reward"),
         ("label", "label"),
         ("embedding", "embedding"),
+        ("collision", "collision"),
+        ("differs", "differs"),
+        ("teacher", "teacher"),
+        ("candidate", "teacher"),
+        ("prompt_embedding", "prompt_embedding"),
+        ("mismatch", "mismatch"),
+        ("row", "row"),
+        ("columns", "columns"),
+        ("gates", "hidden"),
     ):
         if getattr(head.needs, need):
-            with pytest.raises(LookupError, match=f"add {need}=True to its Needs"):
-                head(change(random_input(head.needs), **{field: None}))
+            lacking = {} if field in ("columns", "gates") else None
+            with pytest.raises(LookupError, match=rf"add {need}=.* to its Needs"):
+                head(change(random_input(head), **{field: lacking}))
 
 
 @check
-def only_logratios_matter(head: Head) -> None:
+def only_logratios_matter_unless_declared(head: Head) -> None:
     """The same shift of policy and reference changes nothing."""
     if head.needs.reference:
-        x = random_input(head.needs)
+        x = random_input(head)
         shift_T = torch.linspace(-2, 3, x.policy_T.numel(), dtype=torch.float64)
         y = change(x, policy_T=x.policy_T.detach() + shift_T, ref=x.ref_T + shift_T)
-        assert_close(loss_and_grad(head, y), loss_and_grad(head, x))
+        (loss, grad), (shifted, shifted_grad) = loss_and_grad(head, x), loss_and_grad(head, y)
+        alike = torch.allclose(loss, shifted) and torch.allclose(grad, shifted_grad)
+        assert alike != head.needs.raw_logps, f"only log-ratios matter: {alike}"
+
+
+@check
+def state_is_declared_and_kept(head: Head) -> None:
+    """The next state has the names, shapes and types of the first one; an empty group does not touch it."""
+    x = random_input(head)
+    G = x.seg.valid_GK.shape[0]
+    first, out = head.state(G), head(x)
+    assert set(out.state) == set(first)
+    assert head.needs.couples_batch or not first, "a head with state declares couples_batch"
+    for name, t in out.state.items():
+        assert not t.requires_grad, name
+        assert t.shape == first[name].shape, name
+        assert t.is_floating_point() == first[name].is_floating_point(), name
+    for name, t in head(with_empty_group(x, math.nan)).state.items():
+        assert_close(t, out.state[name])
 
 
 @check
@@ -204,7 +243,7 @@ def start_is_the_loss_at_policy_equals_reference(head: Head) -> None:
     """And None is claimed only where that loss has no one value."""
     for K in (2, 3, 5):
         lengths = sizes(head, K)
-        x = random_input(head.needs, lengths, same=True)
+        x = random_input(head, lengths, same=True)
         start = head.start(len(lengths[0]))
         loss = head(x).loss.detach()
         if start is not None:
@@ -216,7 +255,7 @@ def start_is_the_loss_at_policy_equals_reference(head: Head) -> None:
 @check
 def precision_does_not_decide(head: Head) -> None:
     """fp32 log-probs and rewards give the float64 loss and gradient to fp32 accuracy."""
-    x = random_input(head.needs)
+    x = random_input(head)
     loss, grad_T = loss_and_grad(head, x)
     loss32, grad32_T = loss_and_grad(head, in_precision(x, torch.float32))
     assert loss32.dtype == torch.float32
@@ -232,15 +271,22 @@ def mean_and_grad(head: Head, x: HeadInput) -> tuple[Tensor, Tensor]:
 
 
 def in_precision(x: HeadInput, dtype: torch.dtype) -> HeadInput:
-    return change(x, **{k: t.detach().to(dtype) for k, t in tensors(x).items() if t.is_floating_point()})
+    return mapped(x, lambda _, t: t.detach().to(dtype) if t.is_floating_point() else t)
+
+
+def mapped(x: HeadInput, f: Callable[[str, Tensor], Tensor]) -> HeadInput:
+    """f(kind, tensor) for all that a head reads but the segments and its state. kind: "T" for tokens, else a name."""
+    single = {k: f("T" if k in PER_TOKEN else k, t) for k, t in tensors(x).items()}
+    columns = {k: f("column", t) for k, t in x.columns.items()}
+    return change(x, **single, columns=columns, gates={k: f("T", t) for k, t in x.gates.items()})
 
 
 def only(x: HeadInput, g: int) -> HeadInput:
     """One group as a batch of its own."""
     K = x.seg.valid_GK.shape[1]
     mine_T = x.seg.slot_T // K == g
-    cut = {k: t[mine_T] if k in ("policy_T", "ref", "old", "token_kl") else t[g : g + 1] for k, t in tensors(x).items()}
-    return change(x, seg=Segments(x.seg.slot_T[mine_T] - g * K, x.seg.valid_GK[g : g + 1]), **cut)
+    y = mapped(x, lambda kind, t: t[mine_T] if kind == "T" else t[g : g + 1])
+    return change(y, seg=Segments(x.seg.slot_T[mine_T] - g * K, x.seg.valid_GK[g : g + 1]))
 
 
 def with_empty_slot(x: HeadInput, reward: float, at: int) -> HeadInput:
@@ -249,16 +295,16 @@ def with_empty_slot(x: HeadInput, reward: float, at: int) -> HeadInput:
     k_T = x.seg.slot_T % K
     slot_T = x.seg.slot_T // K * (K + 1) + k_T + (k_T >= at)
     fill = {"reward": reward, "label": 0, "embedding": reward}
-    wide = {k: insert(t, at, 1, fill[k]) for k, t in tensors(x).items() if k in fill}
-    return change(x, seg=Segments(slot_T, insert(x.seg.valid_GK, at, 1, False)), **wide)
+    y = mapped(x, lambda kind, t: insert(t, at, 1, fill[kind]) if kind in fill else t)
+    return change(y, seg=Segments(slot_T, insert(x.seg.valid_GK, at, 1, False)))
 
 
 def with_empty_group(x: HeadInput, reward: float) -> HeadInput:
     """A filler group in front, of which nothing counts."""
-    fill = {"reward": reward, "label": 0, "embedding": reward}
-    tall = {k: insert(t, 0, 0, fill[k]) for k, t in tensors(x).items() if k in fill}
+    fill = {"label": 0, "row": EMPTY_ROW}
+    y = mapped(x, lambda kind, t: t if kind == "T" else insert(t, 0, 0, fill.get(kind, reward)))
     valid_GK = insert(x.seg.valid_GK, 0, 0, False)
-    return change(x, seg=Segments(x.seg.slot_T + valid_GK.shape[1], valid_GK), **tall)
+    return change(y, seg=Segments(x.seg.slot_T + valid_GK.shape[1], valid_GK))
 
 
 def insert(t: Tensor, at: int, dim: int, value: float) -> Tensor:

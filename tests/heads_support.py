@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import annotated_types as at
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from po.objective import Parts, counted, objective, scope
 from po.spec import Term
@@ -23,7 +23,10 @@ LENGTHS: dict[str, Lengths] = {
     "set": ((3, 1, 4, 2), (2, 5), (1, 1, 1), (6,)),
     "best": ((3, 1, 4, 2), (2, 5), (1,)),
     "unpaired": ((3,), (1,), (5,), (2,)),
+    "labelled": ((3, 1, 4, 2), (2, 5), (1, 1, 1), (6,)),
 }
+PER_TOKEN = ("policy_T", "ref", "old", "token_kl", "collision", "differs", "candidate", "teacher", "teacher_ref")
+EMPTY_ROW = -1  # row_G of a group that holds nothing
 
 
 def segments(lengths: Lengths) -> Segments:
@@ -41,9 +44,17 @@ def grid(rows: Sequence[Sequence[float]], empty: float = torch.nan, dtype: torch
 
 
 def random_input(
-    needs: Needs, lengths: Lengths | None = None, seed: int = 0, same: bool = False, reward: Tensor | None = None
+    head: Head | Needs,
+    lengths: Lengths | None = None,
+    seed: int = 0,
+    same: bool = False,
+    reward: Tensor | None = None,
 ) -> HeadInput:
-    """Random float64 inputs with what `needs` declares and nothing else. same: policy == reference."""
+    """Random float64 inputs with what the head (or bare Needs) declares and nothing else. same: policy == reference.
+
+    Of labelled groups the first response is desirable and the second not, the others are anything.
+    """
+    needs = head if isinstance(head, Needs) else head.needs
     rng = torch.Generator().manual_seed(seed)
     seg = segments(lengths or LENGTHS[needs.layout])
     T, (G, K) = seg.slot_T.numel(), seg.valid_GK.shape
@@ -55,7 +66,10 @@ def random_input(
     other_T = policy_T.clone() if same else policy_T + noise(T)
     score_GK = 2 * noise(G, K) if reward is None else reward
     sign_GK = torch.where(noise(G, K) > 0, 1, -1)
-    return HeadInput(
+    if needs.layout == "labelled":
+        sign_GK = (2 * noise(G, K)).round().clamp(-1, 1).long()
+        sign_GK[:, :2] = torch.tensor([1, -1])[:K]
+    x = HeadInput(
         seg=seg,
         policy_T=policy_T.requires_grad_(True),
         ref=other_T if needs.reference else None,
@@ -65,6 +79,40 @@ def random_input(
         label=sign_GK.masked_fill(~seg.valid_GK, 0) if needs.label else None,
         embedding=noise(G, K, 3) if needs.embedding else None,
     )
+    if same and needs.token_kl:
+        x = change(x, token_kl=torch.zeros(T, dtype=F64))
+    return with_further_input(x, needs, noise, head if isinstance(head, Head) else None)
+
+
+def with_further_input(x: HeadInput, needs: Needs, noise: Callable[..., Tensor], head: Head | None) -> HeadInput:
+    """What few heads read."""
+    T, G = x.seg.slot_T.numel(), x.seg.valid_GK.shape[0]
+    teacher = {n: noise(T, 3).log_softmax(-1) for n in ("candidate", "teacher", "teacher_ref")} if needs.teacher else {}
+    module = None if head is None else head.build(4, 3)
+    gates = {} if module is None else in_float64(module, noise(T, 3, 4))
+    return change(
+        x,
+        collision=-noise(T).abs() if needs.collision else None,
+        differs=noise(T) > 0 if needs.differs else None,
+        prompt_embedding=noise(G, 3) if needs.prompt_embedding else None,
+        mismatch=noise(G) if needs.mismatch else None,
+        row=torch.arange(G) if needs.row else None,
+        columns={name: torch.linspace(0.1, 0.9, G, dtype=F64) for name in needs.columns},
+        gates=gates,
+        state={} if head is None else {k: in_double(t) for k, t in head.state(G).items()},
+        **teacher,
+    )
+
+
+def in_float64(module: nn.Module, hidden_TLD: Tensor) -> dict[str, Tensor]:
+    """The gates of a head's own module on random hidden states, as leaves: their gradient is the head's business."""
+    with torch.no_grad():
+        gates = module.double().eval()(hidden_TLD)
+    return {name: gate.requires_grad_(True) for name, gate in gates.items()}
+
+
+def in_double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
 
 
 def input_from_logratios(

@@ -1,26 +1,26 @@
-"""Loss and gradient of each head against its paper's formula, written out here in mpmath without any of po's code.
-
-The formulas are the naive ones (exp, log, sums over lists) at 50 digits; gradients are central differences with a step
-of 1e-20. Inputs are random and ragged. The second half compares with figures that were computed elsewhere.
+"""Loss and gradient of the first eight heads against their papers' formulas (mpmath, tests/heads_golden.py), and
+against figures that were computed elsewhere. Further heads: tests/test_golden_*.py.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from heads_support import (
-    F64,
-    Lengths,
-    grid,
-    input_from_logratios,
-    loss_and_grad,
-    name_of,
-    random_input,
-    segments,
+from heads_golden import (
+    Formula,
+    Response,
+    check_formula,
+    check_pair_vector,
+    check_set_vector,
+    sigmoid,
+    softmax,
 )
-from mpmath import exp, log, mp, mpf
+from heads_support import F64, input_from_logratios, loss_and_grad, name_of
+from mpmath import exp, log, mpf
 from torch.testing import assert_close
 
 from po.heads import HEADS
@@ -33,17 +33,6 @@ from po.heads.mpo import MPO
 from po.heads.nca import NCA
 from po.heads.sft import SFT
 from po.types import Head, HeadInput
-
-Response = list[mpf]  # log pi/ref of each token
-Formula = Callable[[list[Response], list[mpf]], mpf]  # log-ratios and rewards of one group -> its loss
-
-
-def sigmoid(x: mpf) -> mpf:
-    return 1 / (1 + exp(-x))
-
-
-def softmax(xs: list[mpf]) -> list[mpf]:
-    return [exp(x) / sum(exp(y) for y in xs) for x in xs]
 
 
 def cdpo(beta: float, e: float) -> Formula:
@@ -119,38 +108,11 @@ CASES: list[tuple[Head, Formula]] = [
     (APODown(beta=0.1), apo_down(0.1)),
     (APODown(beta=2.0), apo_down(2)),
 ]
-RAGGED: dict[str, Lengths] = {
-    "pair": ((3, 5), (1, 2), (4, 1), (1, 1)),
-    "set": ((2, 1, 3, 1, 2, 1), (1, 3), (2, 1, 1), (2,)),
-}
-
-
-def expected(formula: Formula, x: HeadInput) -> tuple[list[float], list[float]]:
-    """Losses per group, and the gradient of their mean over groups per token."""
-    G, K = x.seg.valid_GK.shape
-    owner = x.seg.slot_T.tolist()
-    logratio = [mpf(p) - mpf(r) for p, r in zip(x.policy_T.tolist(), x.ref_T.tolist(), strict=True)]
-
-    def loss(g: int, values: list[mpf]) -> mpf:
-        slots = [s for s in range(g * K, (g + 1) * K) if s in owner]
-        tokens = [[v for v, s in zip(values, owner, strict=True) if s == slot] for slot in slots]
-        rewards = [] if x.reward is None else [mpf(float(x.reward.flatten()[s])) for s in slots]
-        return formula(tokens, rewards)
-
-    step = mpf(10) ** -20
-    grads = []
-    for t, s in enumerate(owner):
-        up, down = ([*logratio[:t], logratio[t] + d, *logratio[t + 1 :]] for d in (step, -step))
-        grads.append(float((loss(s // K, up) - loss(s // K, down)) / (2 * step) / G))
-    return [float(loss(g, logratio)) for g in range(G)], grads
 
 
 @pytest.mark.parametrize(("head", "formula"), CASES, ids=lambda v: name_of(v) if isinstance(v, Head) else "")
 def test_loss_and_gradient_are_the_paper_s(head: Head, formula: Formula) -> None:
-    x = random_input(head.needs, RAGGED[head.needs.layout], seed=3)
-    with mp.workdps(50):
-        loss, grad = expected(formula, x)
-    assert_close(loss_and_grad(head, x), (torch.tensor(loss, dtype=F64), torch.tensor(grad, dtype=F64)))
+    check_formula(head, formula)
 
 
 def test_sft_is_the_mean_over_the_best_responses_tokens() -> None:
@@ -163,16 +125,18 @@ def test_sft_is_the_mean_over_the_best_responses_tokens() -> None:
     assert_close(grad_T, -torch.tensor([0, 1, 1, 0, 1, 1, 1, 0, 0], dtype=F64) / 5)
 
 
+COVERED = {type(h) for h, _ in CASES} | {SFT}
+
+
 def test_every_head_has_a_golden_test() -> None:
-    assert {type(h) for h, _ in CASES} | {SFT} == set(HEADS.values())
+    """Each tests/test_golden_*.py names the heads it covers, and so does this file."""
+    modules = [importlib.import_module(p.stem) for p in Path(__file__).parent.glob("test_golden_*.py")]
+    assert COVERED.union(*(m.COVERED for m in modules)) == set(HEADS.values())
 
 
 # Figures of an independent float64 script that also ran the public implementations named beside each case, to 6
 # decimals: losses of the rows, and the gradient of their mean with respect to each response's summed log-prob.
 
-PAIR_LOGP = [[-12.5, -14.0], [-20.25, -18.5], [-8.0, -9.75]]
-PAIR_REF = [[-13.0, -13.25], [-19.0, -19.75], [-8.6, -8.9]]
-PAIR_LENGTHS = ((5, 6), (8, 7), (3, 4))
 PAIR_VECTORS: list[tuple[Head, list[float], list[float], list[float]]] = [
     # TRL 1.16 sigmoid, HALOs, eric-mitchell, NCA repo, open-instruct, f-DPO repo, Liger
     (
@@ -224,8 +188,6 @@ NCA_PAIR = (  # TRL 1.16 nca_pair, NCA repo
     [0.008021, 0.008853, 0.007979],
 )
 
-SET_LOGP, SET_REF = [[-10.0, -12.0, -11.0, -15.0]], [[-10.5, -11.5, -11.25, -14.0]]
-SET_REWARD, SET_LENGTHS = [[8.0, 6.5, 7.0, 2.0]], ((4, 6, 5, 7),)
 SET_VECTORS: list[tuple[Head, float, list[float]]] = [
     # NCA repo
     (InfoNCA(beta=0.1, alpha=1.0), 1.339322, [-0.036024, 0.010185, 0.002985, 0.022853]),
@@ -243,30 +205,14 @@ SET_VECTORS: list[tuple[Head, float, list[float]]] = [
 ]
 
 
-def from_sums(
-    logp: list[list[float]], ref: list[list[float]], lengths: Lengths, reward: list[list[float]]
-) -> HeadInput:
-    """Summed log-probs spread evenly over the tokens: the gradient of a sum is the gradient of each of its tokens."""
-    seg = segments(lengths)
-    per_token = [seg.spread(grid(v) / seg.length_GK) for v in (logp, ref)]
-    return HeadInput(seg, per_token[0].requires_grad_(True), ref=per_token[1], reward=grid(reward))
-
-
 @pytest.mark.parametrize(("head", "rows", "better", "worse"), [*PAIR_VECTORS, NCA_PAIR], ids=lambda v: str(v)[:40])
 def test_pair_vectors(head: Head, rows: list[float], better: list[float], worse: list[float]) -> None:
-    x = from_sums(PAIR_LOGP, PAIR_REF, PAIR_LENGTHS, [[1.0, 0.0]] * 3)
-    loss_G, grad_T = loss_and_grad(head, x)
-    assert_close(loss_G, torch.tensor(rows, dtype=F64), rtol=0, atol=6e-7)
-    grad_GK = torch.tensor([better, worse], dtype=F64).T.contiguous()
-    assert_close(grad_T, x.seg.spread(grad_GK), rtol=0, atol=6e-7)
+    check_pair_vector(head, rows, better, worse)
 
 
 @pytest.mark.parametrize(("head", "loss", "grad"), SET_VECTORS, ids=lambda v: str(v)[:60])
 def test_set_vectors(head: Head, loss: float, grad: list[float]) -> None:
-    x = from_sums(SET_LOGP, SET_REF, SET_LENGTHS, SET_REWARD)
-    loss_G, grad_T = loss_and_grad(head, x)
-    assert_close(loss_G, torch.tensor([loss], dtype=F64), rtol=0, atol=6e-7)
-    assert_close(grad_T, x.seg.spread(torch.tensor([grad], dtype=F64)), rtol=0, atol=6e-7)
+    check_set_vector(head, loss, grad)
 
 
 @pytest.mark.parametrize(

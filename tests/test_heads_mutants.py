@@ -11,6 +11,7 @@ import torch
 from annotated_types import Gt
 from heads_contract import CHECKS
 from heads_support import random_input
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from po.heads.dpo import DPO
@@ -224,7 +225,7 @@ class StandardisesEqualRewards(Head):
         return HeadOutput(-(d_GK / d_GK.square().sum(-1, keepdim=True).sqrt() * x.logratio_GK).sum(-1))
 
 
-@breaks("only_logratios_matter")
+@breaks("only_logratios_matter_unless_declared")
 @dataclass(frozen=True)
 class ForgetsOneReference(Head):
     needs: ClassVar[Needs] = PAIR
@@ -334,10 +335,25 @@ class Reaches(Head):
         return DPO()(x)
 
 
+@breaks("state_is_declared_and_kept")
+@dataclass(frozen=True)
+class FillersCount(Head):
+    """A running mean that takes the groups that hold nothing along."""
+
+    needs: ClassVar[Needs] = Needs(layout="pair", reference=True, couples_batch=True, stops_gradient=True)
+
+    def __call__(self, x: HeadInput) -> HeadOutput:
+        shift = 0.9 * x.state["mean"] + 0.1 * margin(x).detach().mean()
+        return HeadOutput(-logsigmoid(margin(x) - shift), state={"mean": shift})
+
+    def state(self, rows: int) -> dict[str, Tensor]:
+        return {"mean": torch.zeros(())}
+
+
 @pytest.mark.parametrize("mutant", BROKEN_BY, ids=lambda cls: cls.__name__)
 def test_the_contract_rejects(mutant: type[Head]) -> None:
     if mutant is not ReadsUndeclared:
-        mutant()(random_input(mutant.needs))  # it runs: what rejects it is the promise, not a slip of this file
+        mutant()(random_input(mutant()))  # it runs: what rejects it is the promise, not a slip of this file
     with pytest.raises((Exception, pytest.fail.Exception)):  # an assertion, or the mutant's own crash
         CHECKS[BROKEN_BY[mutant]](mutant())
 
