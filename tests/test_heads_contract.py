@@ -7,7 +7,7 @@ from heads_support import change, name_of, random_input, variants
 
 from po.heads import HEADS
 from po.heads.dpo import DPO
-from po.heads.mpo import MPO
+from po.heads.mpo_multi import MPOMulti
 from po.types import Head
 
 ALL = [head for cls in HEADS.values() for head in variants(cls)]
@@ -28,8 +28,8 @@ def test_the_table_names_each_class_once_in_order() -> None:
 
 def test_every_head_has_its_variants() -> None:
     """Were variants() blind to a field, the contract would only hold for its default."""
-    found = {name_of(h) for h in variants(MPO)}
-    assert found == {"MPO", "MPO-beta=0.3", "MPO-alpha=0.3", "MPO-power=0", "MPO-power=2", "MPO-signed=True"}
+    found = {name_of(h) for h in variants(MPOMulti)}
+    assert found == {f"MPOMulti{v}" for v in ("", "-beta=0.3", "-alpha=0.3", "-power=0", "-power=2", "-signed=True")}
 
 
 def test_undeclared_input_says_what_to_add() -> None:

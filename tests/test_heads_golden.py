@@ -29,7 +29,7 @@ from po.heads.apo_zero import APOZero
 from po.heads.dpo import DPO
 from po.heads.infonca import InfoNCA
 from po.heads.ipo import IPO
-from po.heads.mpo import MPO
+from po.heads.mpo_multi import MPOMulti
 from po.heads.nca import NCA
 from po.heads.sft import SFT
 from po.types import Head, HeadInput
@@ -99,10 +99,10 @@ CASES: list[tuple[Head, Formula]] = [
     (NCA(beta=0.01, alpha=1.0), nca(0.01, 1)),
     (NCA(beta=0.5, alpha=0.5), nca(0.5, 0.5)),
     (NCA(beta=0.1, alpha=1e4), nca(0.1, 1e4)),
-    (MPO(beta=0.3, power=0), mpo(0.3, lambda d: mpf(1))),
-    (MPO(beta=0.1, alpha=0.5, power=1), mpo(0.1, lambda d: exp(abs(d) / 2))),
-    (MPO(beta=0.1, alpha=0.5, power=1, signed=True), mpo(0.1, lambda d: exp(d / 2))),
-    (MPO(beta=0.1, alpha=0.25, power=2), mpo(0.1, lambda d: exp(d**2 / 4))),
+    (MPOMulti(beta=0.3, power=0), mpo(0.3, lambda d: mpf(1))),
+    (MPOMulti(beta=0.1, alpha=0.5, power=1), mpo(0.1, lambda d: exp(abs(d) / 2))),
+    (MPOMulti(beta=0.1, alpha=0.5, power=1, signed=True), mpo(0.1, lambda d: exp(d / 2))),
+    (MPOMulti(beta=0.1, alpha=0.25, power=2), mpo(0.1, lambda d: exp(d**2 / 4))),
     (APOZero(beta=0.1), apo_zero(0.1)),
     (APOZero(beta=2.0), apo_zero(2)),
     (APODown(beta=0.1), apo_down(0.1)),
@@ -198,10 +198,10 @@ SET_VECTORS: list[tuple[Head, float, list[float]]] = [
     (InfoNCA(beta=0.1, alpha=1e4), 1.319314, [-0.073268, 0.024188, 0.026072, 0.023008]),
     (NCA(beta=0.1, alpha=1e4), 1.352720, [-0.035938, 0.012188, 0.012656, 0.011876]),
     # no public counterpart
-    (MPO(beta=0.1, power=0), 0.261473, [-0.007989, -0.007228, -0.007791, 0.023008]),
-    (MPO(beta=0.1, alpha=0.5, power=1, signed=True), 0.021003, [-0.001029, -0.000440, -0.000609, 0.002078]),
-    (MPO(beta=0.1, alpha=0.5, power=1), 0.704416, [-0.025043, -0.010704, -0.014814, 0.050560]),
-    (MPO(beta=0.1, alpha=0.1, power=2), 0.726428, [-0.022415, -0.013426, -0.015795, 0.051637]),
+    (MPOMulti(beta=0.1, power=0), 0.261473, [-0.007989, -0.007228, -0.007791, 0.023008]),
+    (MPOMulti(beta=0.1, alpha=0.5, power=1, signed=True), 0.021003, [-0.001029, -0.000440, -0.000609, 0.002078]),
+    (MPOMulti(beta=0.1, alpha=0.5, power=1), 0.704416, [-0.025043, -0.010704, -0.014814, 0.050560]),
+    (MPOMulti(beta=0.1, alpha=0.1, power=2), 0.726428, [-0.022415, -0.013426, -0.015795, 0.051637]),
 ]
 
 
@@ -238,7 +238,7 @@ def test_values_at_policy_equals_reference(head: Head, loss: float, grad: list[f
     [
         (InfoNCA(beta=0.1), 1.386294),
         (NCA(beta=0.1), 1.386294),
-        (MPO(beta=0.1, power=0), 0.693147),
+        (MPOMulti(beta=0.1, power=0), 0.693147),
     ],
     ids=lambda v: str(v)[:40],
 )

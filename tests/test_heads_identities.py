@@ -15,7 +15,7 @@ from po.heads.apo_zero import APOZero
 from po.heads.dpo import DPO
 from po.heads.infonca import InfoNCA
 from po.heads.ipo import IPO
-from po.heads.mpo import MPO
+from po.heads.mpo_multi import MPOMulti
 from po.heads.nca import NCA
 from po.numeric import masked_center, masked_softmax
 from po.types import Head, HeadInput
@@ -31,7 +31,9 @@ def same(a: Head, b: Head, x: HeadInput) -> None:
 
 
 @pytest.mark.parametrize(
-    "head", [InfoNCA(beta=0.3, alpha=ONE_HOT), MPO(beta=0.3, power=0), MPO(beta=0.3, power=0, alpha=7.0)], ids=name_of
+    "head",
+    [InfoNCA(beta=0.3, alpha=ONE_HOT), MPOMulti(beta=0.3, power=0), MPOMulti(beta=0.3, power=0, alpha=7.0)],
+    ids=name_of,
 )
 def test_two_responses_and_one_best_is_dpo(head: Head) -> None:
     """InfoNCA one-hot == DPO; MPO W-0 == DPO, whatever alpha."""
@@ -48,19 +50,19 @@ def test_infonca_with_two_soft_labels_is_cdpo(e: float) -> None:
 def test_signed_mpo_of_two_is_dpo_with_a_margin() -> None:
     """W-1 signed: -log s(beta h + alpha (D_w - D_l)), and D_w - D_l = R_w - R_l."""
     x = input_from_logratios(PAIRS, [[2.0, 0.5], [1.0, 0.0], [7.0, -1.0], [0.1, 0.0]])
-    loss_G, _ = loss_and_grad(MPO(beta=0.3, alpha=0.4, power=1, signed=True), x)
+    loss_G, _ = loss_and_grad(MPOMulti(beta=0.3, alpha=0.4, power=1, signed=True), x)
     margin_G = 0.3 * (x.logratio_GK[:, 0] - x.logratio_GK[:, 1]) + 0.4 * (x.reward_GK[:, 0] - x.reward_GK[:, 1])
     assert_close(loss_G, -logsigmoid(margin_G.detach()))
 
 
 def test_abs_mpo_of_two_is_dpo() -> None:
     """Both responses deviate alike, so unsigned weights cancel."""
-    same(MPO(beta=0.3, power=2), DPO(beta=0.3), input_from_logratios(PAIRS, [[2.0, 0.5]] * 4))
+    same(MPOMulti(beta=0.3, power=2), DPO(beta=0.3), input_from_logratios(PAIRS, [[2.0, 0.5]] * 4))
 
 
 def test_mpo_with_one_positive_is_infonca_one_hot() -> None:
     x = input_from_logratios(SETS, [[9.0, 1.0, 2.0, 1.5, 0.0], [1.0, 0.0], [-1.0, -9.0, -8.0]])
-    same(MPO(beta=0.3, power=0), InfoNCA(beta=0.3, alpha=ONE_HOT), x)
+    same(MPOMulti(beta=0.3, power=0), InfoNCA(beta=0.3, alpha=ONE_HOT), x)
 
 
 def test_nca_of_two_with_one_best_is_nca_pair() -> None:
@@ -74,10 +76,12 @@ def test_nca_of_two_with_one_best_is_nca_pair() -> None:
 @pytest.mark.parametrize("power", [0, 2])
 def test_the_sign_of_a_deviation_is_lost_in_even_powers(power: int) -> None:
     x = input_from_logratios(SETS, REWARDS)
-    same(MPO(power=power, signed=True), MPO(power=power), x)  # type: ignore[arg-type]
+    same(MPOMulti(power=power, signed=True), MPOMulti(power=power), x)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("head", [InfoNCA(), MPO(), MPO(power=0), MPO(power=2), MPO(signed=True)], ids=name_of)
+@pytest.mark.parametrize(
+    "head", [InfoNCA(), MPOMulti(), MPOMulti(power=0), MPOMulti(power=2), MPOMulti(signed=True)], ids=name_of
+)
 def test_gradients_of_the_softmax_family_add_up_to_zero(head: Head) -> None:
     _, grad_T = loss_and_grad(head, input_from_logratios(SETS, REWARDS))
     assert grad_T.abs().max() > 1e-4
@@ -90,7 +94,9 @@ def test_gradients_of_heads_that_pin_the_level_do_not(head: Head) -> None:
     assert grad_T[:2].sum().abs() > 1e-4
 
 
-@pytest.mark.parametrize("head", [InfoNCA(), NCA(), MPO(), MPO(power=0), MPO(power=2), MPO(signed=True)], ids=name_of)
+@pytest.mark.parametrize(
+    "head", [InfoNCA(), NCA(), MPOMulti(), MPOMulti(power=0), MPOMulti(power=2), MPOMulti(signed=True)], ids=name_of
+)
 def test_sets_are_permutation_invariant(head: Head) -> None:
     x = input_from_logratios(SETS, REWARDS)
     y = input_from_logratios([row[::-1] for row in SETS], [row[::-1] for row in REWARDS])
@@ -99,7 +105,7 @@ def test_sets_are_permutation_invariant(head: Head) -> None:
     assert_close(turned_T[:5].flip(0), grad_T[:5])
 
 
-@pytest.mark.parametrize("head", [InfoNCA(), NCA(), MPO(), MPO(power=2), MPO(signed=True)], ids=name_of)
+@pytest.mark.parametrize("head", [InfoNCA(), NCA(), MPOMulti(), MPOMulti(power=2), MPOMulti(signed=True)], ids=name_of)
 def test_rewards_count_up_to_a_constant(head: Head) -> None:
     x = input_from_logratios(SETS, REWARDS)
     assert_close(loss_and_grad(head, change(x, reward=x.reward_GK + 1000)), loss_and_grad(head, x))
@@ -128,9 +134,9 @@ def test_infonca_reports_how_far_from_its_optimum_it_is() -> None:
     assert_close(there["infonca/label_entropy"][1], -(p_K * p_K.log()).sum())
 
 
-@pytest.mark.parametrize("head", [MPO(), MPO(power=0), MPO(power=2), MPO(signed=True)], ids=name_of)
+@pytest.mark.parametrize("head", [MPOMulti(), MPOMulti(power=0), MPOMulti(power=2), MPOMulti(signed=True)], ids=name_of)
 @pytest.mark.parametrize("reward", [0.0, 0.1, -7.3, 1e6])
-def test_mpo_skips_sets_without_a_positive(head: MPO, reward: float) -> None:
+def test_mpo_skips_sets_without_a_positive(head: MPOMulti, reward: float) -> None:
     """Equal rewards and single responses: loss and gradient exactly 0, in fp32, and reported."""
     x = input_from_logratios(
         [[2.0, -1.0, 0.5], [40.0], [1.0, 0.0]], [[reward] * 3, [reward], [1.0, 0.0]], dtype=torch.float32
@@ -140,8 +146,8 @@ def test_mpo_skips_sets_without_a_positive(head: MPO, reward: float) -> None:
     assert loss_G[2] > 0
     assert grad_T[:4].tolist() == [0, 0, 0, 0]
     metrics = head(x).metrics
-    assert metrics["mpo/skipped"].tolist() == [1, 1, 0]
-    assert metrics["mpo/positives"].tolist() == [0, 0, 1]
+    assert metrics["mpo_multi/skipped"].tolist() == [1, 1, 0]
+    assert metrics["mpo_multi/positives"].tolist() == [0, 0, 1]
 
 
 def test_a_group_of_one_response() -> None:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from po.heads.dpo import DPO
 from po.heads.infonca import InfoNCA
-from po.heads.mpo import MPO
+from po.heads.mpo_multi import MPOMulti
 from po.heads.nca import NCA
 from po.heads.sft import SFT
 from po.objective import Scope, counted, objective, scope
@@ -25,7 +25,7 @@ LENGTHS = ((3, 1, 4, 2), (2, 5), (1, 1, 1), (6, 2), (2, 2, 2, 9))
 MIXES = {
     "group": [Term(InfoNCA(beta=0.5))],
     "token, best": [Term(SFT())],
-    "sets and sft": [Term(NCA(beta=0.5), 0.7), Term(MPO(), 2.0), Term(SFT(), 0.3)],
+    "sets and sft": [Term(NCA(beta=0.5), 0.7), Term(MPOMulti(), 2.0), Term(SFT(), 0.3)],
 }
 SPLITS = [[[0, 1, 2, 3, 4]], [[0], [1], [2], [3], [4]], [[4, 0], [2], [3, 1]], [[1, 2, 3, 4], [], [0]]]
 

@@ -112,7 +112,7 @@ data:
   eval: e.jsonl
   pairing: margin
   pairing_margin: 0.5
-loss: [{head: ipo, tau: 0.3}, {head: mpo, power: 2, weight: 0.25}]
+loss: [{head: ipo, tau: 0.3}, {head: mpo_multi, power: 2, weight: 0.25}]
 train: {lr_scheduler_kwargs: {num_cycles: 0.5}, save_total_limit: 3, logging_steps: 0.1}
 deepspeed: {zero_optimization: {stage: 2}, train_micro_batch_size_per_gpu: auto}
 output_dir: "null"

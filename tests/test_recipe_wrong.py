@@ -85,7 +85,7 @@ WRONG = [
         "loss[0].label_smoothing: expected a number >= 0 and < 0.5, got 0.5.",
     ),
     ({"loss": "{head: dpo, weight: 0}"}, "loss[0].weight: expected a number > 0, got 0."),
-    ({"loss": "{head: mpo, power: 3}"}, "loss[0].power: expected one of 0, 1, 2, got 3."),
+    ({"loss": "{head: mpo_multi, power: 3}"}, "loss[0].power: expected one of 0, 1, 2, got 3."),
     (
         {"loss": "{dpo: {beta: 1}}"},
         "loss[0]: expected a head and its hyperparameters, e.g. {head: dpo, beta: 0.1}, got {dpo:",

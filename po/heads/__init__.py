@@ -5,7 +5,7 @@ from po.heads.apo_zero import APOZero
 from po.heads.dpo import DPO
 from po.heads.infonca import InfoNCA
 from po.heads.ipo import IPO
-from po.heads.mpo import MPO
+from po.heads.mpo_multi import MPOMulti
 from po.heads.nca import NCA
 from po.heads.sft import SFT
 from po.types import Head
@@ -16,7 +16,7 @@ HEADS: dict[str, type[Head]] = {
     "dpo": DPO,
     "infonca": InfoNCA,
     "ipo": IPO,
-    "mpo": MPO,
+    "mpo_multi": MPOMulti,
     "nca": NCA,
     "sft": SFT,
 }

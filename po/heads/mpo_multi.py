@@ -13,8 +13,9 @@ Bounded below: yes, by 0.
 Pins the level: no; the gradients of a group add up to 0.
 Limits: K = 2 with W-0 is DPO, with signed W-1 DPO with the margin a (R_w - R_l); one positive with W-0 is InfoNCA with
     alpha -> inf. Equal rewards, or one response: Y+ is empty, the group counts with loss and gradient 0, and the metric
-    mpo/skipped (share of such groups) says so; mpo/positives is the size of Y+.
-Departures: no code of the authors is known; TRL's "MPO" is another method (a mixture of losses), HALOs has none.
+    mpo_multi/skipped (share of such groups) says so; mpo_multi/positives is the size of Y+.
+Departures: no code of the authors is known; HALOs has none. The literature calls a second method MPO: TRL's "MPO" is
+    mixed preference optimization, a weighted sum of DPO, BCO and SFT losses, which a recipe writes as three terms.
 Unverified: the weight of the negatives (abs is our reading of the abstract, signed is REFA's), the map of p to W-p, and
     the defaults of beta and alpha. W-0, the split at the mean and the form of the loss are confirmed by other sources.
 Verified: closed form only (there is no public counterpart to run); identities with DPO and InfoNCA.
@@ -32,7 +33,7 @@ from po.types import Head, HeadInput, HeadOutput, Needs
 
 
 @dataclass(frozen=True)
-class MPO(Head):
+class MPOMulti(Head):
     needs: ClassVar[Needs] = Needs(layout="set", reference=True, reward=True)
 
     beta: Annotated[float, Gt(0)] = 0.1
@@ -48,5 +49,8 @@ class MPO(Head):
         z_GK = self.beta * x.logratio_GK + self.alpha * size_GK**self.power
         margin_G = masked_logsumexp(z_GK, above_GK) - masked_logsumexp(z_GK, below_GK)
         some_G = above_GK.any(-1)
-        metrics = {"mpo/positives": above_GK.sum(-1).to(z_GK.dtype), "mpo/skipped": (~some_G).to(z_GK.dtype)}
+        metrics = {
+            "mpo_multi/positives": above_GK.sum(-1).to(z_GK.dtype),
+            "mpo_multi/skipped": (~some_G).to(z_GK.dtype),
+        }
         return HeadOutput(torch.where(some_G, -logsigmoid(margin_G), 0), metrics)
