@@ -2,56 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from po.data.further import fp32, further, per_token
+from po.data.groups import Group, Groups, Pick
 from po.data.rows import Example, Item
+from po.data.wanted import NOTHING_MORE, Wanted, wanted
 from po.forest import Forest, Padded, pad, plant
 from po.types import HeadInput, Segments
 
+__all__ = ["Batch", "Collate", "Group", "Groups", "LookUp", "Pick", "Wanted", "wanted"]
+
 _T = TypeVar("_T")
-Pick = tuple[int, bool]  # an item's index, and whether it counts (False: a filler that keeps ranks in step)
 LookUp = Callable[[Sequence[int], Sequence[int]], Any]  # prompt ids, response ids -> reference log-probs per token
 
 
 @dataclass(frozen=True)
 class Batch:
-    """G groups. ref_T, old_T are fp32 and in the stream's token order; reward_GK is fp32."""
+    """G groups. What is per token (..._T, ..._TM) is in the stream's order, over all T tokens of the stream: with a
+    mismatch that is more than the tokens of the heads' responses, which own_T picks out. Numbers are fp32.
+
+    own_T: int64 positions in the stream's token order of what heads see; None where that is everything.
+    other_U, other_group_U: the positions of the U mismatched tokens, and the group of each.
+    candidate_ids_TM: what a teacher scored; -1, and -inf in teacher_TM and teacher_ref_TM, where it scored fewer.
+    """
 
     stream: Forest | Padded
-    seg: Segments
+    seg: Segments  # of the heads' responses
     ids: tuple[str, ...]  # the row of each group
     ref_T: Tensor | None = None
     old_T: Tensor | None = None
     reward_GK: Tensor | None = None
     label_GK: Tensor | None = None
     best_first: bool = False  # pairs stand best first, whatever their rewards say
+    own_T: Tensor | None = None
+    other_U: Tensor | None = None
+    other_group_U: Tensor | None = None
+    row_G: Tensor | None = None  # int64, -1 for fillers
+    columns: Mapping[str, Tensor] = field(default_factory=dict)  # (G,) each
+    embedding_GKE: Tensor | None = None
+    prompt_embedding_GE: Tensor | None = None
+    differs_T: Tensor | None = None  # bool
+    candidate_ids_TM: Tensor | None = None
+    teacher_TM: Tensor | None = None
+    teacher_ref_TM: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Move, never cast: HF's Trainer would round float inputs to bf16 under DeepSpeed (-734.3 becomes -736)."""
         return _move(self, device)
 
-    def head_input(self, policy_T: Tensor, ref_T: Tensor | None) -> HeadInput:
-        """What the heads see of this batch."""
+    def own(self, x_T: Tensor) -> Tensor:
+        """What belongs to the heads' responses, in the order of seg: (T, ...) -> (tokens of seg, ...). No tokens at
+        all stay none."""
+        return x_T if self.own_T is None or not len(x_T) else x_T.index_select(0, self.own_T)
+
+    def head_input(
+        self,
+        policy_T: Tensor,
+        ref_T: Tensor | None,
+        *,
+        token_kl: Tensor | None = None,
+        collision: Tensor | None = None,
+        candidate: Tensor | None = None,
+        gates: Mapping[str, Tensor] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> HeadInput:
+        """What the heads see of this batch. All tensors per token are given over the whole stream. An empty policy_T
+        gives an input that is only good for counting its units."""
+
+        def own(x_T: Tensor | None) -> Tensor | None:
+            return None if x_T is None else self.own(x_T)
+
         return HeadInput(
             self.seg,
-            policy_T,
-            ref=ref_T,
-            old=self.old_T,
+            self.own(policy_T),
+            ref=own(ref_T),
+            old=own(self.old_T),
+            token_kl=own(token_kl),
+            collision=own(collision),
+            differs=own(self.differs_T),
+            candidate=own(candidate),
+            teacher=own(self.teacher_TM),
+            teacher_ref=own(self.teacher_ref_TM),
             reward=self.reward_GK,
             label=self.label_GK,
+            embedding=self.embedding_GKE,
+            prompt_embedding=self.prompt_embedding_GE,
+            mismatch=self._mismatch(policy_T, ref_T),
+            row=self.row_G,
             best_first=self.best_first,
+            columns=self.columns,
+            gates={name: self.own(gate_T) for name, gate_T in (gates or {}).items()},
+            state=state or {},
         )
+
+    def _mismatch(self, policy_T: Tensor, ref_T: Tensor | None) -> Tensor | None:
+        if self.other_U is None or self.other_group_U is None or ref_T is None or not len(policy_T):
+            return None
+        logratio_U = (policy_T.detach() - ref_T).index_select(0, self.other_U)
+        return logratio_U.new_zeros(len(self.ids)).index_add(0, self.other_group_U, logratio_U)
 
 
 def _move(x: _T, device: torch.device | str) -> _T:
     if isinstance(x, Tensor):
         return x.to(device, non_blocking=True)  # type: ignore[return-value]
+    if isinstance(x, Mapping):
+        return {k: _move(v, device) for k, v in x.items()}  # type: ignore[return-value]
     if is_dataclass(x) and not isinstance(x, type):
         moved = {f.name: _move(getattr(x, f.name), device) for f in fields(x) if f.init}
         return replace(x, **moved)
@@ -59,23 +120,57 @@ def _move(x: _T, device: torch.device | str) -> _T:
 
 
 @dataclass(frozen=True)
-class Groups(Dataset[tuple[Example, Item, bool]]):
-    """Items of examples as a torch dataset; indexed by Pick."""
+class Collate:
+    """Groups -> Batch. `reference` looks cached log-probs up; None where the trainer computes them or none are needed.
+    `best_first`: the items are pairs. `wanted`: what the heads read beyond the ordinary."""
 
-    examples: Sequence[Example]
-    items: Sequence[Item]
+    share_prefix: bool = True
+    reference: LookUp | None = None
+    best_first: bool = False
+    wanted: Wanted = NOTHING_MORE
 
-    def __len__(self) -> int:
-        return len(self.items)
+    def __call__(self, groups: Sequence[Group | tuple[Example, Item, bool]]) -> Batch:
+        every = [Group(*g) for g in groups]
+        K = max(len(g.item.responses) for g in every)
+        ids = [(g.example.prompt_ids, [g.example.response_ids[k] for k in g.item.responses]) for g in every]
+        valid_GK = torch.tensor([[g.counts and k < len(g.item.responses) for k in range(K)] for g in every])
+        width = K
+        if self.wanted.mismatch:
+            assert all(g.other for g in every), "every item must have another row's response: arrange(mismatch=True)"
+            ids, width = [(p, [*rs, g.other]) for (p, rs), g in zip(ids, every)], K + 1
+        stream = plant(ids, width) if self.share_prefix else pad(ids, width)
+        seg = Segments(stream.slot_T, valid_GK)
+        places: dict[str, Any] = {}
+        if self.wanted.mismatch:
+            seg, places = _apart(stream.slot_T, valid_GK, [len(g.item.responses) for g in every])
+        ref_T = old_T = None
+        if self.reference is not None:
+            look = self.reference
+            ref_T = _flat([look(p, r) for p, rs in ids for r in rs])
+        if all(g.example.logps is not None for g in every):
+            old_T = _flat(per_token(every, [g.example.logps for g in every], 0.0))
+        return Batch(
+            stream,
+            seg,
+            tuple(g.example.id for g in every),
+            ref_T,
+            old_T,
+            _grid([_pick(g.example.reward, g.item) for g in every], K, torch.float32),
+            _grid([_pick(g.example.label, g.item) for g in every], K, torch.int64),
+            self.best_first,
+            **places,
+            **further(every, K, self.wanted),
+        )
 
-    def __getitem__(self, pick: Pick) -> tuple[Example, Item, bool]:
-        item = self.items[pick[0]]
-        return self.examples[item.example], item, pick[1]
 
-    def sizes(self) -> list[int]:
-        """Tokens of each item: its prompt once, and its responses."""
-        lengths = [(len(e.prompt_ids), [len(r) for r in e.response_ids]) for e in self.examples]
-        return [lengths[i.example][0] + sum(lengths[i.example][1][k] for k in i.responses) for i in self.items]
+def _apart(slot_T: Tensor, valid_GK: Tensor, counts: Sequence[int]) -> tuple[Segments, dict[str, Any]]:
+    """The heads' segments of a stream whose groups end with a mismatched response, and where either's tokens are."""
+    K = valid_GK.shape[1]
+    g_T, k_T = slot_T // (K + 1), slot_T % (K + 1)
+    is_other_T = k_T == torch.tensor(counts)[g_T]
+    own_T, other_U = (~is_other_T).nonzero()[:, 0], is_other_T.nonzero()[:, 0]
+    seg = Segments((g_T * K + k_T)[own_T], valid_GK)
+    return seg, {"own_T": own_T, "other_U": other_U, "other_group_U": g_T[other_U]}
 
 
 def _grid(values: Sequence[Sequence[float] | None], K: int, dtype: torch.dtype) -> Tensor | None:
@@ -85,41 +180,9 @@ def _grid(values: Sequence[Sequence[float] | None], K: int, dtype: torch.dtype) 
     return torch.tensor(rows, dtype=torch.float64).to(dtype)
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Groups -> Batch. `reference` looks cached log-probs up; None where the trainer computes them or none are needed.
-    `best_first`: the items are pairs."""
-
-    share_prefix: bool = True
-    reference: LookUp | None = None
-    best_first: bool = False
-
-    def __call__(self, groups: Sequence[tuple[Example, Item, bool]]) -> Batch:
-        K = max(len(item.responses) for _, item, _ in groups)
-        ids = [(e.prompt_ids, [e.response_ids[k] for k in item.responses]) for e, item, _ in groups]
-        valid_GK = torch.tensor([[c and k < len(i.responses) for k in range(K)] for _, i, c in groups])
-        stream = plant(ids, K) if self.share_prefix else pad(ids, K)
-        ref_T = old_T = None
-        if self.reference is not None:
-            look = self.reference
-            ref_T = _flat([look(p, r) for p, rs in ids for r in rs])
-        if all(e.logps is not None for e, _, _ in groups):
-            old_T = _flat([e.logps[k] for e, item, _ in groups if e.logps for k in item.responses])
-        return Batch(
-            stream,
-            Segments(stream.slot_T, valid_GK),
-            tuple(e.id for e, _, _ in groups),
-            ref_T,
-            old_T,
-            _grid([_pick(e.reward, item) for e, item, _ in groups], K, torch.float32),
-            _grid([_pick(e.label, item) for e, item, _ in groups], K, torch.int64),
-            self.best_first,
-        )
-
-
 def _pick(values: Sequence[float] | None, item: Item) -> list[float] | None:
     return None if values is None else [values[k] for k in item.responses]
 
 
 def _flat(parts: Sequence[Any]) -> Tensor:
-    return torch.tensor([x for p in parts for x in p], dtype=torch.float32)
+    return fp32([x for p in parts for x in p])

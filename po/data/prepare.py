@@ -28,7 +28,7 @@ from po.errors import UserError
 from po.spec import DataSpec, Source
 from po.weights import cache_root
 
-FORMAT = 1  # raise when the same input would give other Examples
+FORMAT = 2  # raise when the same input would give other Examples
 
 
 @dataclass(frozen=True)

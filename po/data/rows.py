@@ -11,14 +11,25 @@ Kind = Literal["pair", "set", "unpaired", "demonstration"]
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """At each token of a response, some token ids and their log-probs under a teacher and under its own reference."""
+
+    ids: tuple[tuple[int, ...], ...]
+    logps: tuple[tuple[float, ...], ...]
+    ref_logps: tuple[tuple[float, ...], ...] | None = None
+
+
+@dataclass(frozen=True)
 class Response:
     """One answer to the prompt: text, or the messages after the prompt when the prompt is a conversation."""
 
     content: str | tuple[Message, ...]
     reward: float | None = None  # higher is better
-    label: bool | None = None  # desirable or not
+    label: int | None = None  # +1 desirable, -1 not, 0 stated to be unlabelled
     logps: tuple[float, ...] | None = None  # the sampler's log-prob of each token
     source: str | None = None  # which model or person wrote it
+    embedding: tuple[float, ...] | None = None
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,8 @@ class Row:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # e.g. enable_thinking
     meta: Mapping[str, Any] = field(default_factory=dict)
     chosen_first: bool = False  # the data itself names chosen and rejected, whatever the rewards say
+    prompt_embedding: tuple[float, ...] | None = None
+    columns: Mapping[str, float] = field(default_factory=dict)  # numbers that a head declares, by name
 
     @property
     def kind(self) -> Kind:
@@ -59,9 +72,15 @@ class Example:
     prompt_ids: tuple[int, ...]  # at least one token, BOS included where the template has one
     response_ids: tuple[tuple[int, ...], ...]  # at least one token each, EOS included where the response really ends
     reward: tuple[float, ...] | None = None
-    label: tuple[int, ...] | None = None  # +1 desirable, -1 not; a pair's are (+1, -1)
+    label: tuple[int, ...] | None = None  # +1 desirable, -1 not, 0 unlabelled; a pair's are (+1, -1)
     logps: tuple[tuple[float, ...], ...] | None = None  # the sampler's, one per response token
     chosen_first: bool = False  # a pair by the data's own word: response 0 is preferred
+    columns: tuple[tuple[str, float], ...] = ()  # name and number
+    embedding: tuple[tuple[float, ...], ...] | None = None
+    prompt_embedding: tuple[float, ...] | None = None
+    teacher_ids: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # per response, per token
+    teacher_logps: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    teacher_ref_logps: tuple[tuple[tuple[float, ...], ...], ...] | None = None
 
     @property
     def is_pair(self) -> bool:
@@ -70,8 +89,18 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Other:
+    """The first so many tokens of a response of another row."""
+
+    example: int
+    response: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Item:
     """One group as a head sees it: some responses of an example in the layout's order (a pair: best first)."""
 
     example: int
     responses: tuple[int, ...]
+    other: Other | None = None  # what follows this prompt in no data: for heads that need a mismatch

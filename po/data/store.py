@@ -30,6 +30,12 @@ _SCHEMA = pa.schema(
         ("label", pa.list_(pa.int8())),
         ("logps", pa.list_(pa.list_(pa.float64()))),
         ("chosen_first", pa.bool_()),
+        ("columns", pa.map_(pa.string(), pa.float64())),
+        ("embedding", pa.list_(pa.list_(pa.float32()))),
+        ("prompt_embedding", pa.list_(pa.float32())),
+        ("teacher_ids", pa.list_(pa.list_(pa.list_(pa.int32())))),
+        ("teacher_logps", pa.list_(pa.list_(pa.list_(pa.float32())))),
+        ("teacher_ref_logps", pa.list_(pa.list_(pa.list_(pa.float32())))),
     ]
 )
 assert _SCHEMA.names == [f.name for f in fields(Example)]
