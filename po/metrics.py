@@ -14,6 +14,7 @@ from torch import Tensor
 
 from po.heads import HEADS
 from po.logprob import Scores
+from po.numeric import masked_mean
 from po.objective import Parts
 from po.ranks import gather
 from po.spec import Term
@@ -112,15 +113,22 @@ def preference_metrics(
         yield "kl/token", x.logratio_T, x.seg.spread(valid_GK)
         yield from _rewards(x, _beta(terms) * x.logratio_GK, chosen_GK, rejected_GK, is_set)
     if scores is not None:
-        yield "mean_token_accuracy", scores.correct_T, x.seg.spread(chosen_GK)
-        yield "entropy", scores.entropy_T, x.seg.spread(valid_GK)
+        yield from token_metrics(x, terms, scores)
     yield from _heads(x, terms, parts)
 
 
+def token_metrics(x: HeadInput, terms: Sequence[Term], scores: Scores) -> Iterator[Metric]:
+    """What only the model's own pass over a micro-batch knows."""
+    chosen_GK, _ = sides(x, terms)
+    yield "mean_token_accuracy", scores.correct_T, x.seg.spread(chosen_GK)
+    yield "entropy", scores.entropy_T, x.seg.spread(x.seg.valid_GK)
+
+
 def sides(x: HeadInput, terms: Sequence[Term]) -> tuple[Tensor, Tensor]:
-    """Which responses count as chosen and as rejected: two disjoint bool masks (G, K), at most one in a group each."""
+    """Which responses count as chosen and as rejected: two disjoint bool masks (G, K); of labelled groups all that are
+    desirable and all that are not, otherwise at most one in a group each."""
     valid_GK = x.seg.valid_GK
-    if x.label is not None and any(t.head.needs.layout == "unpaired" for t in terms):
+    if x.label is not None and any(t.head.needs.layout in ("unpaired", "labelled") for t in terms):
         return valid_GK & (x.label_GK > 0), valid_GK & (x.label_GK < 0)
     K = valid_GK.shape[-1]
     index_K = torch.arange(K, device=valid_GK.device)
@@ -140,7 +148,7 @@ def _rewards(
     x: HeadInput, implied_GK: Tensor, chosen_GK: Tensor, rejected_GK: Tensor, is_set: bool
 ) -> Iterator[Metric]:
     both_G = chosen_GK.any(-1) & rejected_GK.any(-1)
-    margin_G = torch.where(chosen_GK, implied_GK, 0).sum(-1) - torch.where(rejected_GK, implied_GK, 0).sum(-1)
+    margin_G = masked_mean(implied_GK, chosen_GK) - masked_mean(implied_GK, rejected_GK)
     yield "rewards/chosen", implied_GK, chosen_GK
     yield "rewards/rejected", implied_GK, rejected_GK
     yield "rewards/margins", margin_G, both_G

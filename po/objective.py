@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,16 +41,24 @@ class Parts:
     masks: tuple[Tensor, ...]  # per term, which units count
 
 
-def objective(terms: Sequence[Term], x: HeadInput, counts: Mapping[Scope, float]) -> Parts:
+def objective(
+    terms: Sequence[Term],
+    x: HeadInput,
+    counts: Mapping[Scope, float],
+    states: Sequence[Mapping[str, Tensor]] = (),
+) -> Parts:
     """Sum over terms of weight * (sum of the micro-batch's un-reduced losses) / (units in the whole step, all ranks).
 
+    states: what each term's head remembers. A head sees its own gates alone: those of term i are called "i.NAME".
     Raises ValueError where a head's loss has not the shape of its declared unit.
     """
     total = x.policy_T.new_zeros(())
     outputs, masks = [], []
-    for term in terms:
+    for i, term in enumerate(terms):
         over = scope(term.head.needs)
-        out, mask = term.head(x), counted(x, over)
+        gates = {name.partition(".")[2]: g for name, g in x.gates.items() if name.startswith(f"{i}.")}
+        out = term.head(replace(x, gates=gates, state=states[i] if states else {}))
+        mask = counted(x, over)
         if out.loss.shape != mask.shape:
             raise ValueError(
                 f"head {type(term.head).__name__} declares unit={over[0]!r}, so its loss must have shape "

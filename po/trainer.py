@@ -6,9 +6,8 @@ micro-batches and ranks (`get_batch_samples`), log-probs (`logprob`), heads and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,10 @@ from transformers import Trainer
 from po.batch import Batch, Collate, Groups
 from po.callbacks import NonFinite
 from po.checkpoint import sealed_save
+from po.coupled import Coupled
 from po.errors import OutOfMemoryError, out_of_memory
 from po.logprob import Scores, score
-from po.metrics import Meter, names, preference_metrics
+from po.metrics import Meter, Metric, names, preference_metrics
 from po.objective import Parts, Scope, counted, objective, scope
 from po.order import StepLoader, StepSampler
 from po.reference import Reference, check_start, compute_dtype
@@ -30,6 +30,7 @@ from po.sharing import verify
 from po.spec import Term
 from po.speed import Speed, positions
 from po.types import HeadInput
+from po.whole import moved
 
 
 class POTrainer(Trainer):
@@ -60,6 +61,16 @@ class POTrainer(Trainer):
         self.speed = Speed(self.model, self.args.device, _autocast(self.args) or compute_dtype(self.model))
         self._checked = False
         self._needs_reference = any(t.head.needs.reference for t in terms)
+        self.coupled = None
+        if any(t.head.needs.couples_batch for t in terms):
+            rows = len(self.train_dataset.examples)
+            self.coupled = Coupled(self.terms, rows, self.args.device, self._refer, self._see, self._record)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; from a checkpoint on, what heads remember included."""
+        if resume_from_checkpoint is not None and self.coupled is not None:
+            self.coupled.load(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, **kwargs)
 
     # Rows
 
@@ -107,6 +118,8 @@ class POTrainer(Trainer):
         total = torch.tensor(local, dtype=torch.float64, device=device).sum(0)
         counts = dict(zip(self._scopes(), self.accelerator.reduce(total, "sum").tolist(), strict=True))
         self.speed.count([b.stream for b in batches])
+        if self.coupled is not None:
+            self.coupled.begin(batches)
         return batches, counts
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
@@ -133,29 +146,34 @@ class POTrainer(Trainer):
         assert num_items_in_batch is not None
         if not self._checked:
             self._check_first_batch(model, inputs)
-        x, parts = self._forward(model, inputs, num_items_in_batch)
-        self.guard.watch(inputs.ids, x, parts.loss)
-        loss: Tensor = parts.loss * self.args.world_size
+        if self.coupled is not None:
+            x, loss = self.coupled.loss(model, inputs, num_items_in_batch)
+        else:
+            x, parts = self._forward(model, inputs, num_items_in_batch)
+            loss = parts.loss * self.args.world_size
+        self.guard.watch(inputs.ids, x, loss)
         return loss
 
     def _forward(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Parts]:
-        ref_T = self._reference(model, batch)
-        scores = score(model, batch.stream, entropy=True)
-        x = batch.head_input(scores.logp_T, ref_T)
+        x, scores = self._see(model, self._refer(model, batch))
         parts = objective(self.terms, x, counts)
-        self._record(x, scores, parts)
+        self._record(preference_metrics(moved(x, x.policy_T.device), self.terms, parts, scores))
         return x, parts
 
-    def _reference(self, model: nn.Module, batch: Batch) -> Tensor | None:
+    def _see(self, model: nn.Module, batch: Batch) -> tuple[HeadInput, Scores]:
+        scores = score(model, batch.stream, entropy=True)
+        return batch.head_input(scores.logp_T, batch.ref_T), scores
+
+    def _refer(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with the reference's log-probs, where a head needs them."""
         if not self._needs_reference or batch.ref_T is not None:
-            return batch.ref_T
+            return batch
         assert self.reference is not None
-        return self.reference.logps(model, batch)
+        return replace(batch, ref_T=self.reference.logps(model, batch))
 
     @torch.no_grad()
-    def _record(self, x: HeadInput, scores: Scores, parts: Parts) -> None:
-        y = replace(x, policy_T=x.policy_T.detach())
-        for name, values, mask in preference_metrics(y, self.terms, parts, scores):
+    def _record(self, metrics: Iterable[Metric]) -> None:
+        for name, values, mask in metrics:
             self.meter.add(name, values, mask)
 
     # Checks of the numbers, once, on the first batch
@@ -169,7 +187,7 @@ class POTrainer(Trainer):
         try:
             verify(model, batch.stream)
             starts = self.reference is not None and self.reference.starts_at_policy and self.state.global_step == 0
-            if starts and (ref_T := self._reference(model, batch)) is not None:
+            if starts and (ref_T := self._refer(model, batch).ref_T) is not None:
                 dtype = _autocast(self.args) or compute_dtype(model)
                 gap = check_start(score(model, batch.stream).logp_T, ref_T, batch, dtype)
                 self.meter.add("init/ref_gap", torch.tensor([gap], device=ref_T.device))
@@ -188,9 +206,7 @@ class POTrainer(Trainer):
         model.eval()
         try:
             with self.speed.paused():
-                for batch in self.get_eval_dataloader(eval_dataset):
-                    self._forward(model, self._prepare_inputs(batch), dict.fromkeys(self._scopes(), 1.0))
-                    self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                self._go_through(model, eval_dataset or self.eval_dataset)
                 found = self.meter.flush()
         finally:
             model.train(training)
@@ -200,6 +216,18 @@ class POTrainer(Trainer):
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _go_through(self, model: nn.Module, rows: Groups) -> None:
+        counts = dict.fromkeys(self._scopes(), 1.0)
+        seen = []
+        for batch in map(self._prepare_inputs, self.get_eval_dataloader(rows)):
+            if self.coupled is None:
+                self._forward(model, batch, counts)
+            else:
+                seen.append(self._see(model, self._refer(model, batch)))
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        if self.coupled is not None:
+            self.coupled.evaluate(seen, counts, len(rows.examples))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last line to a training line."""
@@ -219,7 +247,13 @@ class POTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A checkpoint that is whole or known not to be; older ones go only after it is sealed."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        write = partial(super()._save_checkpoint, model, trial)
+        save = super()._save_checkpoint
+
+        def write() -> None:
+            save(model, trial)
+            if self.coupled is not None:
+                self.coupled.save(folder)
+
         with self.speed.paused():
             sealed_save(folder, write, self.meta, self.keep, self.state.best_model_checkpoint)
 

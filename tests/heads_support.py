@@ -146,7 +146,8 @@ def tensors(x: HeadInput) -> dict[str, Tensor]:
 def parts(head: Head, x: HeadInput) -> Parts:
     """The objective of this input alone: the mean over its own units."""
     over = scope(head.needs)
-    return objective([Term(head)], x, {over: float(counted(x, over).sum())})
+    x = change(x, gates={f"0.{name}": gate for name, gate in x.gates.items()})
+    return objective([Term(head)], x, {over: float(counted(x, over).sum())}, [x.state])
 
 
 def loss_and_grad(head: Head, x: HeadInput) -> tuple[Tensor, Tensor]:
