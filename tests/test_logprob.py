@@ -11,7 +11,7 @@ from tiny_models import FAMILIES, REQUIRED, Float64, V, furthest, gradients, pla
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from po import logprob
+from po import head_chunks
 from po.attention import using
 from po.errors import NumericsError
 from po.forest import pad, plant
@@ -176,7 +176,7 @@ def lora(model, **config):
 @pytest.mark.parametrize("head", ["trained", "frozen", "lora"])
 def test_no_positions_by_vocabulary_tensor_exists(head: str, monkeypatch: pytest.MonkeyPatch):
     vocab, rows = 4000, 16
-    monkeypatch.setattr(logprob, "_CHUNK", {"cpu": rows * vocab, "cuda": 0})
+    monkeypatch.setattr(head_chunks, "_CHUNK", {"cpu": rows * vocab, "cuda": 0})
     model = tiny("llama", vocab_size=vocab, hidden_size=16, head_dim=8)
     install(model)
     share(model)
@@ -197,7 +197,7 @@ def test_chunks_change_nothing(head: str, monkeypatch: pytest.MonkeyPatch):
     """16 rows at a time equal all at once, also with soft-capping."""
     found = []
     for rows in (16, 1 << 12):
-        monkeypatch.setattr(logprob, "_CHUNK", {"cpu": rows * V, "cuda": 0})
+        monkeypatch.setattr(head_chunks, "_CHUNK", {"cpu": rows * V, "cuda": 0})
         model = tiny("gemma2")
         install(model)
         share(model)
