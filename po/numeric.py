@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,34 @@ def masked_center(x: Tensor, where: Tensor) -> Tensor:
     least = torch.where(where, x, torch.inf).amin(-1, keepdim=True)
     above = torch.where(where, x - least, 0)
     return torch.where(where, above - masked_mean(above, where)[..., None], 0)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0, accurate and with finite gradients at both ends: x near 0 and x very negative."""
+    near = x > -math.log(2)
+    small = (-torch.expm1(torch.where(near, x, -1.0))).log()
+    return torch.where(near, small, torch.log1p(-torch.where(near, -1.0, x).exp()))
+
+
+def capped_exp(x: Tensor) -> Tensor:
+    """e^x, constant (1e13, no gradient) from x = 30 on: fp32 holds it, its gradient and the square of its gradient."""
+    return x.clamp(max=30).exp()
+
+
+def masked_var(x: Tensor, where: Tensor) -> Tensor:
+    """Unbiased variance of the True entries of the last axis; 0 where fewer than two are True."""
+    return masked_center(x, where).square().sum(-1) / (where.sum(-1) - 1).clamp(min=1)
+
+
+def masked_std(x: Tensor, where: Tensor) -> Tensor:
+    """Square root of masked_var, with gradient 0 where the entries are equal."""
+    var = masked_var(x, where)
+    return torch.where(var > 0, torch.where(var > 0, var, 1).sqrt(), 0)
+
+
+def hashed_uniform(key: Tensor) -> Tensor:
+    """A number in (0, 1) for each whole number: the same one every time, and unrelated for neighbours (lowbias32)."""
+    x = key & 0xFFFFFFFF
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return ((x ^ (x >> 15)) >> 9).float().add(0.5) / 2**23
