@@ -33,7 +33,20 @@ COLUMNS = (
     *("id", "paper", "data", "loss per", "reference", "length", "bounded below", "pins the level"),
     *("batch-coupled", "unverified parts"),
 )
-DATA = {"pair": "pairs", "set": "sets of K >= 2", "unpaired": "labelled responses", "best": "the best response"}
+DATA = {
+    "pair": "pairs",
+    "set": "sets of K >= 2",
+    "unpaired": "labelled responses",
+    "labelled": "labelled groups of K >= 1",
+    "best": "the best response",
+}
+WANTS = {
+    "reward": "a reward each",
+    "behaviour": "the sampler's log-probs",
+    "embedding": "an embedding each",
+    "prompt_embedding": "an embedding of the prompt",
+    "teacher": "a teacher's log-probs",
+}
 
 
 def sections(doc: str) -> dict[str, str]:
@@ -73,13 +86,14 @@ def citation(paper: str) -> str:
 
 
 def row(name: str, needs: Needs, said: dict[str, str]) -> str:
-    wants = ["a reward each"] * needs.reward + ["the sampler's log-probs"] * needs.behaviour
+    wants = [said for need, said in WANTS.items() if getattr(needs, need)]
+    wants += [f"a number `{column}` per row" for column in needs.columns]
     cells = (
         f"[`{name}`](#{name})",
         citation(said["Paper"]),
-        " with ".join([DATA[needs.layout], *wants]),
+        " with ".join([DATA[needs.layout], *([" and ".join(wants)] if wants else [])]),
         needs.unit,
-        "yes" if needs.reference else "no",
+        ("yes, not cached" if needs.token_kl or needs.hidden == "ref" else "yes") if needs.reference else "no",
         said["Length"].rstrip("."),
         first(said["Bounded below"]),
         first(said["Pins the level"]),

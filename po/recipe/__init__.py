@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from po.errors import suggest
+from po.ambiguous import no_such
 from po.heads import HEADS
 from po.recipe import overrides as command_line
 from po.recipe import text
@@ -125,7 +125,7 @@ def _term(raw: Any, at: text.Keys, report: Report) -> Term | None:
     rest = {k: v for k, v in raw.items() if k not in ("head", "weight")}
     name = raw["head"]
     if name not in HEADS:
-        report.wrong((*at, "head"), f"no head is called {name!r}.{suggest(name, HEADS)} Heads: {', '.join(HEADS)}.")
+        report.wrong((*at, "head"), no_such(name))
         return None
     weight = 1.0
     try:

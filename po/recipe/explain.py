@@ -6,7 +6,8 @@ import inspect
 import textwrap
 from dataclasses import MISSING, fields
 
-from po.errors import UserError, suggest
+from po.ambiguous import no_such
+from po.errors import UserError
 from po.heads import HEADS
 from po.recipe.fields import describe, hints, shown
 from po.types import Head, Needs
@@ -15,6 +16,7 @@ _LAYOUTS = {
     "pair": "pairs (derived from sets by data.pairing)",
     "set": "sets of K >= 2 responses",
     "unpaired": "single labelled responses",
+    "labelled": "prompts with K >= 1 responses labelled good, bad or not at all",
     "best": "the best response of each row",
 }
 
@@ -29,7 +31,7 @@ def listing() -> str:
 def explain(name: str) -> str:
     """A head's module docstring, hyperparameters with types, defaults and ranges, needs, and where its code is."""
     if name not in HEADS:
-        raise UserError(f"po heads: no head is called {name!r}.{suggest(name, HEADS)} Heads: {', '.join(HEADS)}.")
+        raise UserError(f"po heads: {no_such(name)}")
     cls = HEADS[name]
     rows = [(f.name, _default(f.default), describe(hints(cls)[f.name])) for f in fields(cls)]  # type: ignore[arg-type]
     rows.append(("weight", "1.0", "a number > 0; of this term in the sum of `loss`"))
@@ -63,8 +65,14 @@ def _needs(needs: Needs) -> str:
         "a label on every response": needs.label,
         "the sampler's log-probs of every response": needs.behaviour,
         "the KL to the reference at every token": needs.token_kl,
+        "the policy's collision probability at every token": needs.collision,
+        "which tokens of a pair were edited": needs.differs,
+        "a teacher's log-probs of its likeliest tokens, stored with the rows": needs.teacher,
         "an embedding of every response": needs.embedding,
+        "an embedding of every prompt": needs.prompt_embedding,
+        "another row's response after each prompt": needs.mismatch,
+        f"row columns: {', '.join(needs.columns)}": bool(needs.columns),
         f"hidden states of the {needs.hidden}": needs.hidden,
-        "statistics of the whole batch": needs.couples_batch,
+        "all groups of the optimizer step at once": needs.couples_batch,
     }
     return "\n".join([*lines, *(what for what, wanted in wants.items() if wanted)])
