@@ -38,7 +38,7 @@ def add_adapter(net: Any, model: ModelSpec, lora: LoraSpec) -> nn.Module:
         revision=model.revision,
     )
     try:
-        wrapped: nn.Module = get_peft_model(net, config, autocast_adapter_dtype=_fp32(net))
+        wrapped: nn.Module = get_peft_model(net, config, autocast_adapter_dtype=fp32_beside(net))
     except (ValueError, TypeError) as e:  # e.g. a norm as a target: PEFT says which
         raise UserError(f"lora: {e}") from e
     return wrapped
@@ -68,7 +68,7 @@ def continue_adapter(net: Any, model: ModelSpec, lora: LoraSpec | None) -> nn.Mo
     misfit = f"model.adapter: {folder} does not fit the model {model.name_or_path!r}"
     try:
         wrapped: nn.Module = PeftModel.from_pretrained(
-            net, str(folder), is_trainable=True, config=config, autocast_adapter_dtype=_fp32(net)
+            net, str(folder), is_trainable=True, config=config, autocast_adapter_dtype=fp32_beside(net)
         )
     except (RuntimeError, ValueError) as e:  # another base: sizes or names differ
         first = str(e).splitlines()[:2][-1].strip()
@@ -80,8 +80,8 @@ def continue_adapter(net: Any, model: ModelSpec, lora: LoraSpec | None) -> nn.Mo
     return wrapped
 
 
-def _fp32(net: Any) -> bool:
-    """Whether LoRA's parameters are fp32 on a 16-bit base: not under ZeRO-3, which gathers both in one dtype."""
+def fp32_beside(net: Any) -> bool:
+    """Whether what trains beside a 16-bit base is fp32: not under ZeRO-3, which gathers both in one dtype."""
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return not (is_deepspeed_zero3_enabled() and net.dtype in (torch.bfloat16, torch.float16))

@@ -171,7 +171,7 @@ class _Sums:
 
 def _joined(parts: Sequence[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
     """The scores of all chunks, from those of each."""
-    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*parts))  # type: ignore[arg-type]
+    return tuple(None if x[0] is None else torch.cat(x) for x in zip(*parts))
 
 
 def _rows(vocabulary: int, device: torch.device) -> int:

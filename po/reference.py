@@ -3,6 +3,7 @@
     reference = build_reference(recipe, [train, eval], share_prefix=..., device=..., rank=..., world=...)
     Collate(share_prefix, reference.lookup)       # cached: a batch brings its ref_T; else lookup is None
     reference.logps(model, batch)                 # (T,) fp32; frozen and adapter_off compute it here
+    reference.parts(model, batch, hidden=True, kl=True)       # and what else `score` wants of a reference
     check_start(policy_T, ref_T, batch, dtype)    # step 0, first batch, in eval mode, if reference.starts_at_policy
 
 Call `build_reference` on every rank, after the process group exists: `cached` computes what the store lacks (each rank
@@ -17,23 +18,35 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from po.batch import Batch, Groups, LookUp
+from po.batch import Batch, Groups
 from po.errors import NumericsError, UserError
 from po.logp_store import LogpStore
-from po.logprob import score
 from po.policy import load_frozen, load_tokenizer, plainly
 from po.ranks import on_any
 from po.ref_cache import RefCache, compute_dtype, tolerance
+from po.ref_kinds import AdapterOff, Cached, Frozen, Reference, check_live, reads_reference
 from po.sharing import share
 from po.spec import ModelSpec, Recipe, ReferenceSpec
 from po.weights import cache_root, checkpoint_dtype, fingerprint, is_adapter, locate
 
-__all__ = ["Reference", "build_reference", "check_kind", "check_start", "compute_dtype", "identity"]
+__all__ = [
+    "AdapterOff",
+    "Cached",
+    "Frozen",
+    "Reference",
+    "build_reference",
+    "check_kind",
+    "check_live",
+    "check_start",
+    "compute_dtype",
+    "identity",
+    "reads_reference",
+]
 
 _CODE = "1"  # raise it when a change in the code changes log-probs
 
@@ -67,64 +80,6 @@ def identity(model: ModelSpec, reference: ReferenceSpec) -> ReferenceIdentity:
     return ReferenceIdentity(spec, key, key == init, key == base)
 
 
-class Reference(Protocol):
-    """What the trainer sees of a reference."""
-
-    lookup: LookUp | None  # prompt ids, response ids -> log-probs per token, where they are known beforehand
-    starts_at_policy: bool  # the policy of step 0 is the reference
-
-    def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        """log ref(y_t | x, y_<t), (T,) fp32 in the order of the stream. `model` is what the trainer holds."""
-        ...
-
-
-class Cached:
-    """Log-probs computed once, for every head, beta, learning rate and output folder."""
-
-    def __init__(self, lookup: LookUp, starts_at_policy: bool) -> None:
-        self.lookup: LookUp | None = lookup
-        self.starts_at_policy = starts_at_policy
-
-    def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        assert batch.ref_T is not None, "Collate must be given the reference's lookup"
-        return batch.ref_T
-
-
-class Frozen:
-    """A second copy of the model, whole on this rank's device."""
-
-    lookup: LookUp | None = None
-
-    def __init__(self, net: nn.Module, starts_at_policy: bool) -> None:
-        self.net = net
-        self.starts_at_policy = starts_at_policy
-
-    @torch.no_grad()
-    def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        return score(self.net, batch.stream).logp_T.float()
-
-
-class AdapterOff:
-    """The policy with its adapter switched off: no memory, one more forward. Exact also for DoRA, trained copies of
-    modules (modules_to_save) and tied ones, because the frozen originals are what then computes."""
-
-    lookup: LookUp | None = None
-
-    def __init__(self, starts_at_policy: bool) -> None:
-        self.starts_at_policy = starts_at_policy
-
-    @torch.no_grad()
-    def logps(self, model: nn.Module, batch: Batch) -> Tensor:
-        with _peft(model).disable_adapter():
-            return score(model, batch.stream).logp_T.float()
-
-
-def _peft(model: Any) -> Any:
-    while not hasattr(model, "disable_adapter"):
-        model = model.module  # DDP, DeepSpeed
-    return model
-
-
 def check_kind(recipe: Recipe, what: ReferenceIdentity) -> None:
     """Raise UserError where `adapter_off` would be another reference than the one that `from` names."""
     if recipe.reference.kind != "adapter_off":
@@ -155,11 +110,12 @@ def build_reference(
     """The recipe's reference, ready to give log-probs for all `groups`; None where no head needs one.
 
     autocast: the dtype of the Trainer's mixed precision, if on: policy and reference must compute alike.
-    Leaves the random state as it was. Raises UserError as `identity` and `check_kind` do, and for a cache folder that
-    the ranks do not share; NumericsError where stored log-probs differ from the live model's.
+    Leaves the random state as it was. Raises UserError as `identity`, `check_kind` and `check_live` do, and for a cache
+    folder that the ranks do not share; NumericsError where stored log-probs differ from the live model's.
     """
-    if not any(term.head.needs.reference for term in recipe.loss):
+    if not any(reads_reference(term.head.needs) for term in recipe.loss):
         return None
+    check_live(recipe.loss, recipe.reference)
     what = identity(recipe.model, recipe.reference)
     check_kind(recipe, what)
     if recipe.reference.source not in ("init", "base"):
