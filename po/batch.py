@@ -16,7 +16,7 @@ from po.data.wanted import NOTHING_MORE, Wanted, wanted
 from po.forest import Forest, Padded, pad, plant
 from po.types import HeadInput, Segments
 
-__all__ = ["Batch", "Collate", "Group", "Groups", "LookUp", "Pick", "Wanted", "wanted"]
+__all__ = ["Batch", "Collate", "Group", "Groups", "LookUp", "Pick", "Wanted", "moved", "wanted"]
 
 _T = TypeVar("_T")
 LookUp = Callable[[Sequence[int], Sequence[int]], Any]  # prompt ids, response ids -> reference log-probs per token
@@ -54,7 +54,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Move, never cast: HF's Trainer would round float inputs to bf16 under DeepSpeed (-734.3 becomes -736)."""
-        return _move(self, device)
+        return moved(self, device)
 
     def own(self, x_T: Tensor) -> Tensor:
         """What belongs to the heads' responses, in the order of seg: (T, ...) -> (tokens of seg, ...). No tokens at
@@ -108,14 +108,14 @@ class Batch:
         return logratio_U.new_zeros(len(self.ids)).index_add(0, self.other_group_U, logratio_U)
 
 
-def _move(x: _T, device: torch.device | str) -> _T:
+def moved(x: _T, device: torch.device | str) -> _T:
+    """The tensors of a batch or a stream on a device, in their dtype."""
     if isinstance(x, Tensor):
         return x.to(device, non_blocking=True)  # type: ignore[return-value]
     if isinstance(x, Mapping):
-        return {k: _move(v, device) for k, v in x.items()}  # type: ignore[return-value]
+        return {k: moved(v, device) for k, v in x.items()}  # type: ignore[return-value]
     if is_dataclass(x) and not isinstance(x, type):
-        moved = {f.name: _move(getattr(x, f.name), device) for f in fields(x) if f.init}
-        return replace(x, **moved)
+        return replace(x, **{f.name: moved(getattr(x, f.name), device) for f in fields(x) if f.init})
     return x
 
 

@@ -6,14 +6,16 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from po.batch import Collate, Groups
-from po.data.rows import Item
+from po.batch import Groups, moved
+from po.data.rows import Example, Item, Other
 from po.errors import NumericsError
+from po.forest import pad, plant
 from po.logp_store import Logps, LogpStore, response_key
 from po.logprob import score
 
@@ -67,7 +69,7 @@ class RefCache:
 
     def __init__(self, store: LogpStore, share_prefix: bool, autocast: torch.dtype | None) -> None:
         self.store = store
-        self.collate = Collate(share_prefix)
+        self.share_prefix = share_prefix
         self.autocast = autocast
 
     def lookup(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> Logps:
@@ -78,29 +80,45 @@ class RefCache:
         """What the items need and the store has not, each response once, the longest first."""
         todo: list[Work] = []
         seen: set[str] = set()
-        for g, (examples, items) in enumerate((x.examples, x.items) for x in groups):
-            wanted: dict[int, set[int]] = {}
-            for item in items:
-                wanted.setdefault(item.example, set()).update(item.responses)
-            for i, responses in wanted.items():
-                example = examples[i]
-                new = []
-                for k in sorted(responses):
-                    key = response_key(example.prompt_ids, example.response_ids[k])
-                    if key not in self.store and key not in seen:
-                        seen.add(key)
-                        new.append(k)
-                todo += self._works(g, i, new, len(example.prompt_ids), [len(r) for r in example.response_ids])
+        for g, group in enumerate(groups):
+            wanted: dict[int, tuple[set[int], list[Other]]] = {}
+            for item in group.items:
+                responses, others = wanted.setdefault(item.example, (set(), []))
+                responses.update(item.responses)
+                others += [item.other] if item.other is not None else []
+            for i, (responses, others) in wanted.items():
+                e = group.examples[i]
+                new = [k for k in sorted(responses) if self._is_new(e.prompt_ids, e.response_ids[k], seen)]
+                works = self._works(g, i, new, len(e.prompt_ids), [len(r) for r in e.response_ids])
+                for other in others:
+                    if self._is_new(e.prompt_ids, group.ids_of(other), seen):
+                        self._add_other(works, Work(g, Item(i, (), other), len(e.prompt_ids) + other.tokens))
+                todo += works
         return sorted(todo, key=lambda work: -work.tokens)
+
+    def _is_new(self, prompt_ids: Sequence[int], response_ids: Sequence[int], seen: set[str]) -> bool:
+        """Whether a response is neither stored nor asked for before; from now on it is."""
+        key = response_key(prompt_ids, response_ids)
+        if key in self.store or key in seen:
+            return False
+        seen.add(key)
+        return True
 
     def _works(self, g: int, example: int, responses: list[int], prompt: int, lengths: list[int]) -> list[Work]:
         """One piece of work per prompt, or one per response where they do not fit a micro-batch together."""
         longest = max((lengths[k] for k in responses), default=0)
         shared = prompt + sum(lengths[k] for k in responses)
-        tokens = shared if self.collate.share_prefix else len(responses) * (prompt + longest)
+        tokens = shared if self.share_prefix else len(responses) * (prompt + longest)
         if tokens <= _TOKENS:
             return [Work(g, Item(example, tuple(responses)), tokens)] if responses else []
         return [Work(g, Item(example, (k,)), prompt + lengths[k]) for k in responses]
+
+    def _add_other(self, works: list[Work], one: Work) -> None:
+        """Another row's response goes with the last of its prompt's works where there is room in it."""
+        if works and works[-1].item.other is None and works[-1].tokens + one.tokens <= _TOKENS:
+            last = works.pop()  # where the prompt is shared, these are too many tokens by the prompt's
+            one = last._replace(item=replace(last.item, other=one.item.other), tokens=last.tokens + one.tokens)
+        works.append(one)
 
     def fill(self, net: nn.Module, groups: Sequence[Groups], todo: Sequence[Work], rank: int, world: int) -> None:
         """Compute this rank's share of the work and store it as it comes. NumericsError where a log-prob is NaN."""
@@ -126,20 +144,21 @@ class RefCache:
     def score(self, net: nn.Module, groups: Sequence[Groups], works: Sequence[Work]) -> dict[str, Logps]:
         """The log-probs of some works, by key, from the live model."""
         device = next(net.parameters()).device
-        rows = [(groups[w.groups].examples[w.item.example], w.item, True) for w in works]
-        batch = self.collate(rows).to(device)
+        rows = [_sequences(groups[w.groups], w.item) for w in works]
+        plan = plant if self.share_prefix else pad
+        stream = plan([(e.prompt_ids, [ids for ids, _ in named]) for e, named in rows], max(len(n) for _, n in rows))
         with torch.autocast(device.type, self.autocast) if self.autocast else nullcontext():
-            logp_T = score(net, batch.stream).logp_T.float().cpu()
-        pairs = [(e, k) for e, item, _ in rows for k in item.responses]
+            logp_T = score(net, moved(stream, device)).logp_T.float().cpu()
+        each = [(e, ids, name) for e, named in rows for ids, name in named]
         found: dict[str, Logps] = {}
-        for (e, k), one_T in zip(pairs, logp_T.split([len(e.response_ids[k]) for e, k in pairs])):
+        for (e, ids, name), one_T in zip(each, logp_T.split([len(ids) for _, ids, _ in each])):
             if not one_T.isfinite().all():
                 raise NumericsError(
-                    f"reference: the log-prob of token {int((~one_T.isfinite()).nonzero()[0])} of response {k} of row "
+                    f"reference: the log-prob of token {int((~one_T.isfinite()).nonzero()[0])} of {name} of row "
                     f"{e.where} is {one_T[~one_T.isfinite()][0].item()}; expected a finite number. The reference "
                     "model's weights or its dtype are unfit (float16 overflows where bfloat16 does not)"
                 )
-            found[response_key(e.prompt_ids, e.response_ids[k])] = one_T.numpy()
+            found[response_key(e.prompt_ids, ids)] = one_T.numpy()
         return found
 
     def probe(self, net: nn.Module, groups: Sequence[Groups], rng: random.Random, n: int = 8) -> float:
@@ -152,16 +171,16 @@ class RefCache:
         worst = 0.0
         bad: list[tuple[float, str]] = []
         for work in _sample(every, n, rng):
-            example = groups[work.groups].examples[work.item.example]
+            example, named = _sequences(groups[work.groups], work.item)
             live = self.score(net, groups, [work])
-            for k in work.item.responses:
-                key = response_key(example.prompt_ids, example.response_ids[k])
+            for ids, name in named:
+                key = response_key(example.prompt_ids, ids)
                 one_T, kept_T = torch.from_numpy(live[key]), torch.tensor(self.store[key])
                 gap_T = (one_T - kept_T).abs() if one_T.shape == kept_T.shape else torch.full((1,), torch.inf)
                 worst = max(worst, gap_T.max().item())
                 if not limit.allows(gap_T):
                     t = int(gap_T.argmax())
-                    found = f"stored {kept_T[t]:.4f}, computed {one_T[t]:.4f}, at token {t} of response {k}"
+                    found = f"stored {kept_T[t]:.4f}, computed {one_T[t]:.4f}, at token {t} of {name}"
                     bad.append((gap_T.max().item(), f"row {example.where}: {found}"))
         if bad:
             raise NumericsError(
@@ -170,6 +189,15 @@ class RefCache:
                 "Delete that folder to have them computed again; if it comes back, the model computes unsteadily"
             )
         return worst
+
+
+def _sequences(groups: Groups, item: Item) -> tuple[Example, list[tuple[tuple[int, ...], str]]]:
+    """An item's example, and what is scored after its prompt: token ids and a name for messages."""
+    example = groups.examples[item.example]
+    named = [(example.response_ids[k], f"response {k}") for k in item.responses]
+    if item.other is not None:
+        named.append((groups.ids_of(item.other), "another row's response after the prompt"))
+    return example, named
 
 
 def _sample(items: Sequence[_T], n: int, rng: random.Random) -> list[_T]:

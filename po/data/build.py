@@ -11,6 +11,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
+from po.data.extras import Alike
 from po.data.facts import NO_ORDER
 from po.data.formats import convert
 from po.data.overlong import Limits, Outcome, settle
@@ -18,6 +19,7 @@ from po.data.report import DataReport, Problem, Say, Tally, describe
 from po.data.rows import Example, Row
 from po.data.sources import Opened
 from po.data.tokenize import Encoder
+from po.data.wanted import NOTHING_MORE, Wanted
 from po.errors import UserError
 
 _CHUNK = 64  # rows per task of a worker process
@@ -33,6 +35,7 @@ class Build:
     limits: Limits
     num_proc: int
     split: str
+    wanted: Wanted = NOTHING_MORE
     tally: Tally = field(default_factory=Tally)
     lengths: array[int] = field(default_factory=lambda: array("q"))
     gaps: list[float] = field(default_factory=list)  # score of chosen - score of rejected
@@ -56,14 +59,16 @@ class Build:
 
     def _rows(self) -> Iterator[Row]:
         first: dict[str, str] = {}
+        alike = Alike()
         for one in self.opened:
             for record in one.records():
                 self.tally.counts["in"] += 1
-                done = convert(record, one.source)
+                done = convert(record, one.source, self.wanted)
                 row, problems = done.row, list(done.problems)
                 if row is not None and first.setdefault(row.id, row.where) != row.where:
                     found = f"{describe(row.id)}, which {first[row.id]} has too"
                     problems.append(Problem(row.where, "id", "an id that no other row has", Say(found)))
+                problems += alike.problems(row) if row is not None else []
                 self.tally.formats[done.format] += 1
                 self.unused.update(done.unused)
                 if row is None or problems:

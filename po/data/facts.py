@@ -7,15 +7,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from po.data.report import NOTHING, Faults, Say, describe
-from po.data.view import Candidate
+from po.data.view import Candidate, View
+from po.data.wanted import Wanted
 from po.spec import RankOrder
 
 CONTENT = ("content", "response", "text", "completion", "answer")
 SCORE = ("reward", "score", "overall_score")
+_NAMED = ("rank", "label", "logps", "embedding", "teacher")
+UNLABELLED = Say("null")  # a label that is null where heads take unlabelled responses
 NO_ORDER = "rank_order in the recipe's source: lower_is_better or higher_is_better"
 
 
-def from_object(data: Mapping[str, Any], field: str) -> Candidate:
+def from_object(data: Mapping[str, Any], field: str, wanted: Wanted) -> Candidate:
     """A response written as an object: its content under any of CONTENT, its reward under any of SCORE or, as in
     UltraFeedback, under annotations.overall_score."""
     content = next((k for k in CONTENT if data.get(k) is not None), "content")
@@ -29,11 +32,20 @@ def from_object(data: Mapping[str, Any], field: str) -> Candidate:
         data.get(content, NOTHING),
         reward,
         data.get("rank"),
-        data.get("label"),
+        label(data.get("label", NOTHING), wanted),
         data.get("logps"),
         data.get("model", data.get("source")),
-        {"reward": f"{field}.{at}", "rank": f"{field}.rank", "label": f"{field}.label", "logps": f"{field}.logps"},
+        data.get("embedding") if wanted.embedding else None,
+        data.get("teacher") if wanted.teacher else None,
+        {"reward": f"{field}.{at}"} | {name: f"{field}.{name}" for name in _NAMED},
     )
+
+
+def label(value: object, wanted: Wanted) -> object:
+    """What the record says: None for nothing, UNLABELLED for a null that is written where heads want to know."""
+    if value is None and wanted.unlabelled:
+        return UNLABELLED
+    return None if value is NOTHING else value
 
 
 def number(value: object, field: str, faults: Faults) -> float | None:
@@ -48,10 +60,10 @@ def number(value: object, field: str, faults: Faults) -> float | None:
     return None
 
 
-def boolean(value: object, field: str, faults: Faults) -> bool | None:
-    """A label: true or false, or 1 against 0 or -1."""
+def sign(value: object, field: str, faults: Faults) -> int | None:
+    """A label: +1 for true or 1, -1 for false, 0 or -1."""
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (-1, 0, 1)):
-        return bool(value > 0)
+        return 1 if value > 0 else -1
     faults.add(field, "true or false", value)
     return None
 
@@ -81,11 +93,11 @@ def rewards(candidates: Sequence[Candidate], order: RankOrder | None, faults: Fa
     return [None if r is None else sign * r for r in ranks]
 
 
-def labels(candidates: Sequence[Candidate], faults: Faults) -> list[bool | None]:
-    """A label for each response, or all None."""
+def labels(candidates: Sequence[Candidate], faults: Faults) -> list[int | None]:
+    """+1, -1 or 0 (unlabelled) for each response, or all None."""
     if not complete(candidates, "label", "true or false", faults):
         return [None] * len(candidates)
-    return [boolean(c.label, c.at("label"), faults) for c in candidates]
+    return [0 if c.label is UNLABELLED else sign(c.label, c.at("label"), faults) for c in candidates]
 
 
 def logps(candidate: Candidate, faults: Faults) -> tuple[float, ...] | None:
@@ -99,12 +111,12 @@ def logps(candidate: Candidate, faults: Faults) -> tuple[float, ...] | None:
     return tuple(x for x in out if x is not None)
 
 
-def parallel(candidates: Sequence[Candidate], fact: str, name: str, values: object, faults: Faults) -> None:
+def parallel(candidates: Sequence[Candidate], fact: str, name: str, values: object, view: View) -> None:
     """Give each response its entry of a list beside the responses, e.g. `rewards`; a null entry is nothing said."""
     want = f"a list of {len(candidates)}, one per response"
     if not isinstance(values, list | tuple) or len(values) != len(candidates):
-        faults.add(name, want, Say(describe(values)))
+        view.faults.add(name, want, Say(describe(values)))
         return
     for k, (c, value) in enumerate(zip(candidates, values)):
-        setattr(c, fact, value)
+        setattr(c, fact, label(value, view.wanted) if fact == "label" else value)
         c.fields = {**c.fields, fact: f"{name}[{k}]"}

@@ -11,13 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from po.data import facts
+from po.data import extras, facts
 from po.data.messages import is_message
 from po.data.prompts import PROMPTS, find_prompt, join
 from po.data.read import Record
 from po.data.report import NOTHING, Faults, Problem, Say
 from po.data.rows import Response, Row
 from po.data.view import Candidate, View
+from po.data.wanted import NOTHING_MORE, Wanted
 from po.errors import UserError, suggest
 from po.spec import Source
 
@@ -33,6 +34,11 @@ OTHERS = ("id", "system", "history", "tools", "chat_template_kwargs")
 PAIR_SCORES = tuple(p.format(s) for s in ("score", "reward", "rating") for p in ("{}_{{}}", "{{}}_{}", "{{}}-{}"))
 _SCORED = tuple(pattern.format(side) for pattern in PAIR_SCORES for side in ("chosen", "rejected"))
 KNOWN = (*PROMPTS, *CHOSEN, *REJECTED, *SET, *ONE, *REWARDS, *RANKS, *LABELS, *OTHERS, *_SCORED)
+_EXTRAS = {
+    "embedding": ("embedding", "embeddings", "chosen_embedding", "rejected_embedding"),
+    "teacher": ("teacher", "teachers", "chosen_teacher", "rejected_teacher"),
+    "prompt_embedding": ("prompt_embedding",),
+}
 _EXPECTED = "chosen and rejected, responses with rewards, completion with label, or messages"
 
 
@@ -46,20 +52,21 @@ class Converted:
     unused: tuple[str, ...]
 
 
-def check_columns(source: Source) -> None:
-    """Raises UserError where `columns` names a field that no format has."""
+def check_columns(source: Source, wanted: Wanted = NOTHING_MORE) -> None:
+    """Raises UserError where `columns` names a field that neither a format has nor a head wants."""
+    known = [*KNOWN, *wanted.columns, *(n for fact, names in _EXTRAS.items() if getattr(wanted, fact) for n in names)]
     for ours in source.columns:
-        if ours not in KNOWN:
-            near = suggest(ours, KNOWN)
+        if ours not in known:
+            near = suggest(ours, known)
             raise UserError(f"{source.path}: columns: {ours!r} is no field that po reads (write ours: theirs).{near}")
 
 
-def convert(record: Record, source: Source) -> Converted:
+def convert(record: Record, source: Source, wanted: Wanted = NOTHING_MORE) -> Converted:
     """One record to one Row; every problem of the record is collected, none raised."""
     if record.data is None:
         return Converted(None, (record.problem,) if record.problem else (), "unreadable", ())
     faults = Faults(record.where)
-    view = View(_renamed(record.data, source.columns, faults), source, faults)
+    view = View(_renamed(record.data, source.columns, faults), source, faults, wanted=wanted)
     for name in UNSUPPORTED:
         if view.get(name):
             faults.add(name, "no images, sound or video (po trains on text)", view.data[name])
@@ -84,6 +91,8 @@ def _row(view: View, where: str) -> Row | None:
     labelled = facts.labels(candidates, faults) if candidates and not chosen_first else [None] * len(candidates)
     logps = [facts.logps(c, faults) for c in candidates]
     facts.complete(candidates, "logps", "the sampler's log-probs", faults)
+    embeddings, teachers = extras.read_embeddings(candidates, faults), extras.read_teachers(candidates, faults)
+    prompt_embedding, columns = extras.read_prompt_embedding(view), extras.read_columns(view)
     if not chosen_first and len(candidates) > 1 and not faults.found and scored[0] is None and labelled[0] is None:
         faults.add(view.notes[1], "a reward, a rank or a label on every response", Say("none"))
     if any(c.rank is not None for c in candidates) and not any(c.reward is not None for c in candidates):
@@ -92,10 +101,11 @@ def _row(view: View, where: str) -> Row | None:
     _different(view, candidates, joined[1] if joined else [c.value for c in candidates])
     if joined is None or faults.found:
         return None
-    made = zip(joined[1], scored, labelled, logps, candidates)
-    responses = tuple(Response(c, r, b, p, None if w.source is None else str(w.source)) for c, r, b, p, w in made)
+    writers = [None if c.source is None else str(c.source) for c in candidates]
+    made = zip(joined[1], scored, labelled, logps, writers, embeddings, teachers)
+    responses = tuple(Response(*facts_of_one) for facts_of_one in made)
     meta = {k: v for k, v in view.data.items() if k not in view.used}
-    return Row(row_id, where, joined[0], responses, tools, kwargs, meta, chosen_first)
+    return Row(row_id, where, joined[0], responses, tools, kwargs, meta, chosen_first, prompt_embedding, columns)
 
 
 def _different(view: View, candidates: Sequence[Candidate], contents: Sequence[object]) -> None:
@@ -128,6 +138,7 @@ def _pair(view: View) -> list[Candidate]:
                 c.reward, c.fields = view.get(n), {"reward": n}
             view.notes.append("rewards")
             break
+    extras.attach(view, sides, "{}_{}", ("chosen", "rejected"))
     return sides
 
 
@@ -142,11 +153,13 @@ def _set(view: View) -> list[Candidate]:
     candidates = []
     for k, v in enumerate(value):
         plain = not isinstance(v, dict) or is_message(v)
-        candidates.append(Candidate(f"{name}[{k}]", v) if plain else facts.from_object(v, f"{name}[{k}]"))
-    for fact, names in (("reward", REWARDS), ("rank", RANKS), ("label", LABELS)):
+        candidates.append(Candidate(f"{name}[{k}]", v) if plain else facts.from_object(v, f"{name}[{k}]", view.wanted))
+    beside = [("reward", REWARDS), ("rank", RANKS), ("label", LABELS)]
+    beside += [(fact, (f"{fact}s",)) for fact in extras.EXTRAS if getattr(view.wanted, fact)]
+    for fact, names in beside:
         found = view.first(names)
         if found:
-            facts.parallel(candidates, fact, *found, view.faults)
+            facts.parallel(candidates, fact, *found, view)
     if "context" in view.data:
         view.notes.append("NeMo")
     if any(c.at("reward").endswith("overall_score") for c in candidates):
@@ -161,7 +174,12 @@ def _single(view: View) -> list[Candidate]:
     found = view.first(ONE) or view.first(("messages", "conversations"))
     label, reward = view.first(LABELS), view.first(REWARDS)
     if label is None and view.has(LABELS):
-        view.faults.add(next(k for k in LABELS if k in view.data), "true or false", None)
+        name = next(k for k in LABELS if k in view.data)
+        if view.wanted.unlabelled:
+            label = (name, facts.UNLABELLED)
+            view.used.add(name)
+        else:
+            view.faults.add(name, "true or false", None)
     if found is None:
         there = [k for k in ONE if k in view.data]
         got = Say("null") if there else Say("fields " + (", ".join(map(str, list(view.data)[:8])) or "none"))
@@ -170,6 +188,7 @@ def _single(view: View) -> list[Candidate]:
     view.notes.append("demonstration" if label is None else "unpaired")
     one = Candidate(*found, label=label and label[1], reward=reward and reward[1])
     one.fields = {"label": label[0] if label else "label", "reward": reward[0] if reward else "reward"}
+    extras.attach(view, [one], "{1}", [""])
     return [one]
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import combinations, pairwise
 
+from po.data.mismatch import with_others
 from po.data.rows import Example, Item
 from po.errors import UserError
 from po.heads import HEADS
@@ -17,14 +19,22 @@ Pairs = list[tuple[int, int]]  # better, worse
 
 
 def arrange(
-    examples: Sequence[Example], layout: Layout, rule: PairRule, margin: float | None, seed: int
+    examples: Sequence[Example], layout: Layout, rule: PairRule, margin: float | None, seed: int, mismatch: bool = False
 ) -> tuple[list[Item], str]:
     """Items of a layout in the order of the examples, and a line that says what was derived from what.
 
     pair: a pair as it is; of a set, pairs by `rule`. best_vs_random draws by seed and content, whatever the order of
     rows. Ties never make a pair. Raises UserError where nothing is left, or where `margin` does not go with the rule.
+    mismatch: every item also gets a response of another row (po.data.mismatch).
     """
     _check_margin(rule, margin)
+    items, line = _arrange(examples, layout, rule, margin, seed)
+    return with_others(examples, items, seed) if mismatch else items, line
+
+
+def _arrange(
+    examples: Sequence[Example], layout: Layout, rule: PairRule, margin: float | None, seed: int
+) -> tuple[list[Item], str]:
     match layout:
         case "pair":
             return _arrange_pairs(examples, rule, margin, seed)
@@ -35,6 +45,13 @@ def arrange(
             items = [Item(i, (k,)) for i, e in enumerate(examples) for k in range(len(e.response_ids))]
             labels = [(examples[i.example].label or ())[i.responses[0]] for i in items]
             line = f"{len(items)} labelled responses: {labels.count(1)} desirable, {labels.count(-1)} undesirable"
+        case "labelled":
+            items = [Item(i, tuple(range(len(e.response_ids)))) for i, e in enumerate(examples)]
+            labels = [label for e in examples for label in e.label or ()]
+            line = (
+                f"{len(items)} groups of {_span(items)} responses: {labels.count(1)} desirable, "
+                f"{labels.count(-1)} undesirable, {labels.count(0)} unlabelled"
+            )
         case "best":
             items = [Item(i, (k,)) for i, e in enumerate(examples) for k in _best(e)]
             left = len(examples) - len(items)
@@ -142,16 +159,30 @@ def _wants(needs: Needs, layout: Layout) -> Iterator[tuple[Callable[[Example], b
     """(whether an example lacks it, what it is, what to do) for each need that data can fail; "": see check_needs."""
     if needs.reward:
         yield lambda e: e.reward is None, "a reward on every response", ""
-    if needs.label or layout == needs.layout == "unpaired":
-        yield lambda e: e.label is None, "a label on every response", "Add label: true or false to them."
+    if needs.label or layout == needs.layout in ("unpaired", "labelled"):
+        values = "true, false or null (unlabelled)" if layout == "labelled" else "true or false"
+        yield lambda e: e.label is None, "a label on every response", f"Add label: {values} to them."
     if needs.behaviour:
         yield lambda e: e.logps is None, "the sampler's logps of every response", "Sample them again with log-probs."
     if needs.embedding:
-        yield lambda e: True, "an embedding of every response", "Rows cannot carry embeddings; use another head."
+        yield lambda e: e.embedding is None, "an embedding of every response", "Add embedding: [numbers] to them."
+    if needs.prompt_embedding:
+        do = "Add prompt_embedding: [numbers] to the rows."
+        yield lambda e: e.prompt_embedding is None, "an embedding of the prompt", do
+    if needs.teacher:
+        do = "Add teacher: {ids, logps} to them."
+        yield lambda e: e.teacher_ids is None, "a teacher's log-probs of every response", do
+    for name in needs.columns:
+        do = f"Add {name}: a number to the rows, or name their column in the source's `columns`."
+        yield partial(_no_column, name), f"a number in column {name!r}", do
     if layout == needs.layout == "pair":
         yield _no_pair, "two responses with a preference", "Give rows chosen and rejected, or scored responses."
     if layout == needs.layout == "set":
         yield lambda e: len(e.response_ids) < 2, "a second response to every prompt", "Add one, or use head 'sft'."
+
+
+def _no_column(name: str, e: Example) -> bool:
+    return all(name != given for given, _ in e.columns)
 
 
 def _no_pair(e: Example) -> bool:

@@ -6,11 +6,11 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from po.data.messages import Messages
 from po.data.report import Problem
-from po.data.rows import Example, Row
+from po.data.rows import Example, Response, Row
 from po.data.tokenize import Encoder, Ids, RowFaultError
 from po.spec import Overlong
 
@@ -215,7 +215,7 @@ def _keep(draft: _Draft, encode: Encoder, out: Outcome) -> None:
     ids = tuple(draft.response_ids.values())
     chosen = [row.responses[k] for k in ks]
     reward = tuple(r.reward for r in chosen if r.reward is not None)
-    label = (1, -1) if row.is_pair else tuple(1 if r.label else -1 for r in chosen if r.label is not None)
+    label = (1, -1) if row.is_pair else tuple(r.label for r in chosen if r.label is not None)
     logps = tuple(r.logps[: len(i)] for r, i in zip(chosen, ids) if r.logps is not None)
     out.example = Example(
         row.id,
@@ -226,6 +226,21 @@ def _keep(draft: _Draft, encode: Encoder, out: Outcome) -> None:
         label if len(label) == len(ks) else None,
         logps if len(logps) == len(ks) else None,
         row.is_pair,
+        tuple(row.columns.items()),
+        _all([r.embedding for r in chosen]),
+        row.prompt_embedding,
+        *(_of_teacher(name, chosen, ids) for name in ("ids", "logps", "ref_logps")),
     )
     out.counts["responses_kept"] += len(ks)
     out.counts["responses_stop"] += sum(map(encode.stops_at_end, ids))
+
+
+def _all(values: Sequence[Any]) -> Any:
+    """The values, or None where one is missing."""
+    return None if any(v is None for v in values) else tuple(values)
+
+
+def _of_teacher(name: str, responses: Sequence[Response], ids: Sequence[Ids]) -> Any:
+    """A part of each response's teacher, as long as the response is now."""
+    parts = [getattr(r.teacher, name, None) for r in responses]
+    return _all([part and part[: len(i)] for part, i in zip(parts, ids)])

@@ -24,6 +24,7 @@ from po.data.rows import Example
 from po.data.sources import Opened, open_sources
 from po.data.store import EXAMPLES, REPORT, Examples, publish, sound, workspace, write
 from po.data.tokenize import Encoder
+from po.data.wanted import NOTHING_MORE, Wanted
 from po.errors import UserError
 from po.spec import DataSpec, Source
 from po.weights import cache_root
@@ -40,10 +41,18 @@ class Prepared:
     key: str
 
 
-def prepare(spec: DataSpec, sources: tuple[Source, ...], tokenizer: Any, tokenizer_key: str, split: str) -> Prepared:
+def prepare(
+    spec: DataSpec,
+    sources: tuple[Source, ...],
+    tokenizer: Any,
+    tokenizer_key: str,
+    split: str,
+    wanted: Wanted = NOTHING_MORE,
+) -> Prepared:
     """Rows of `sources` as Examples, from the cache where it has them.
 
     tokenizer_key must cover the tokenizer's files and chat template. split ("train", "eval") is for messages.
+    wanted: what the heads read beyond the ordinary.
     Raises UserError for sources that cannot be opened, and where bad or overlong rows exceed what the spec allows.
     """
     if spec.max_length < 2:
@@ -51,24 +60,26 @@ def prepare(spec: DataSpec, sources: tuple[Source, ...], tokenizer: Any, tokeniz
     if spec.max_prompt_length is not None and spec.max_prompt_length < 1:
         raise UserError(f"data.max_prompt_length: expected at least 1 token, got {spec.max_prompt_length}")
     for source in sources:
-        check_columns(source)
+        check_columns(source, wanted)
     limits = Limits(spec.max_length, spec.max_prompt_length, spec.overlong)
     opened = open_sources(sources, split)
-    key = content_key(opened, tokenizer_key, limits)
+    key = content_key(opened, tokenizer_key, limits, wanted)
     folder = cache_dir(spec) / key
     with _locked(folder):
         if not sound(folder):
-            _fill(folder, opened, Encoder(tokenizer), limits, spec.num_proc, split)
+            _fill(folder, Build(opened, Encoder(tokenizer), limits, spec.num_proc, split, wanted))
     report = replace(DataReport.from_json(json.loads((folder / REPORT).read_text())), split=split)
     enforce(report, spec)
     return Prepared(Examples(folder / EXAMPLES), report, key)
 
 
-def content_key(opened: Sequence[Opened], tokenizer_key: str, limits: Limits) -> str:
-    """SHA-256 over the sources' content and options, the tokenizer, the length policy and the format's version."""
+def content_key(opened: Sequence[Opened], tokenizer_key: str, limits: Limits, wanted: Wanted) -> str:
+    """SHA-256 over the sources' content and options, the tokenizer, the length policy, what heads want of rows, and the
+    format's version."""
     options = [{k: v for k, v in asdict(o.source).items() if k != "path"} for o in opened]
     content = [o.fingerprint() for o in opened]
     parts = {"content": content, "options": options, "tokenizer": tokenizer_key, "limits": asdict(limits), "v": FORMAT}
+    parts["wanted"] = wanted.of_rows()
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
 
 
@@ -79,11 +90,10 @@ def cache_dir(spec: DataSpec) -> Path:
     return cache_root("data")
 
 
-def _fill(folder: Path, opened: list[Opened], encode: Encoder, limits: Limits, num_proc: int, split: str) -> None:
+def _fill(folder: Path, job: Build) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # unsound, or not there
     work = workspace(folder.parent)
     try:
-        job = Build(opened, encode, limits, num_proc, split)
         write(work / EXAMPLES, job.examples())
         (work / REPORT).write_text(json.dumps(job.report().to_json()))
         publish(work, folder)

@@ -15,7 +15,7 @@ from typing import Any
 
 from po.data.messages import Messages
 from po.data.report import Problem, Say, describe
-from po.data.rows import Row
+from po.data.rows import Row, Teacher
 from po.errors import UserError
 
 Ids = tuple[int, ...]
@@ -64,8 +64,20 @@ class Encoder:
             if r.logps is not None and len(r.logps) != len(ids):
                 want = f"{len(ids)} numbers, one per token with its end token"
                 raise RowFaultError(row.where, f"responses[{k}].logps", want, Say(str(len(r.logps))))
+            if r.teacher is not None:
+                self._check_teacher(r.teacher, len(ids), row.where, f"responses[{k}].teacher")
         merged = prompt_ids[shared:]
         return Coded(prompt_ids[:shared], responses, self.tokenizer.decode(merged) if merged else "", appended)
+
+    def _check_teacher(self, teacher: Teacher, tokens: int, where: str, field: str) -> None:
+        if len(teacher.ids) != tokens:
+            want = f"{tokens} lists, one per token with its end token"
+            raise RowFaultError(where, f"{field}.ids", want, Say(str(len(teacher.ids))))
+        size = len(self.tokenizer)
+        for t, some in enumerate(teacher.ids):
+            if some and max(some) >= size:
+                want = f"ids below {size}, the size of the vocabulary"
+                raise RowFaultError(where, f"{field}.ids[{t}]", want, Say(str(max(some))))
 
     def stops_at_end(self, ids: Sequence[int]) -> bool:
         """Whether a response ends with a stop token: EOS, or the special token with which a template ends a turn.

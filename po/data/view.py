@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from po.data.report import Faults
+from po.data.wanted import NOTHING_MORE, Wanted
 from po.spec import Source
 
 
@@ -20,6 +21,7 @@ class View:
     faults: Faults
     used: set[str] = dataclasses.field(default_factory=set)
     notes: list[str] = dataclasses.field(default_factory=list)  # what the detected format is called, most specific last
+    wanted: Wanted = NOTHING_MORE
 
     def first(self, names: Sequence[str]) -> tuple[str, Any] | None:
         """The first of several names that has a value."""
@@ -50,7 +52,9 @@ class Candidate:
     label: Any = None
     logps: Any = None
     source: Any = None
-    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where the reward, rank and label were found
+    embedding: Any = None
+    teacher: Any = None
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where the reward, rank, ... were found
 
     def at(self, fact: str) -> str:
         """The field that a message about a fact names."""
