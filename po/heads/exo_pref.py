@@ -12,6 +12,7 @@ Bounded below: yes, by 0; with the official labels by -log(1 + e^-10).
 Pins the level: no.
 Limits: least at b h = log((1 - e) / e), with official labels at b h = 10, h the difference of the two log-ratios. DPO
     is the forward KL with e = 0; there is no e = 0 here, log 0 is infinite.
+    The gradient ends where the policy is sure of either response, the worse one too.
 Departures: as TRL 1.16 `exo_pair`, which clamps nothing at e = 0 and returns infinity. The authors' code is labels:
     official with beta_pi 0.5: p shifted by log(1 + e^-10), a constant, with e = 1 / (1 + e^10). HALOs has none.
 Verified: closed form; vectors on which the executed code of TRL 1.16 (smoothed) and of the authors (official) agrees.
