@@ -56,27 +56,33 @@ class Chunk(NamedTuple):
         """d logp / d raw, (C, V); overwrites the softmax."""
         slope = self.prob.neg_()
         slope.scatter_add_(-1, part.target[:, None], torch.ones_like(slope[:, :1]))
-        return self._through(slope, shape)
+        return _through(slope, self.logits, shape)
 
-    def pull(self, part: Part, ref: Chunk | None, grad: Grad, shape: Shape) -> tuple[Tensor, Tensor]:
-        """d (grad . scores) / d raw as rows (C, V) of size about 1, so that small gradients do not vanish in 16 bits,
-        and what to multiply them by (C,). Overwrites the softmax."""
-        g, total, size = grad.logp[:, None], grad.logp, grad.logp.abs()
-        if (c := part.candidate) is not None and grad.candidate is not None:
-            g_CM = grad.candidate.masked_fill(c < 0, 0)
-            total, size = total + g_CM.sum(-1), size + g_CM.abs().sum(-1)
-        if ref is not None and grad.kl is not None:
-            total, size = total - grad.kl, size + grad.kl.abs()
-        unit = torch.where(size > 0, 1 / size, 0)[:, None]
-        slope = self.prob.mul_(-total[:, None] * unit)
-        slope.scatter_add_(-1, part.target[:, None], g * unit)
-        if c is not None and grad.candidate is not None:
-            slope.scatter_add_(-1, c.clamp(min=0), g_CM * unit)
-        if ref is not None and grad.kl is not None:
-            slope.addcmul_(ref.prob, grad.kl[:, None] * unit, value=-1)
-        return self._through(slope, shape), size
 
-    def _through(self, slope: Tensor, shape: Shape) -> Tensor:
-        if shape.softcap is not None:
-            slope *= 1 - (self.logits / shape.softcap) ** 2
-        return slope if shape.scale == 1.0 else slope.mul_(shape.scale)
+def pull(
+    part: Part, grad: Grad, shape: Shape, logits: Tensor | None, prob: Tensor, ref_prob: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """d (grad . scores) / d raw as rows (C, V) of size about 1, so that small gradients do not vanish in 16 bits, and
+    what to multiply them by (C,). The logits are read with soft-capping only."""
+    total, size = grad.logp, grad.logp.abs()
+    if (c := part.candidate) is not None and grad.candidate is not None:
+        g_CM = grad.candidate.masked_fill(c < 0, 0)
+        total, size = total + g_CM.sum(-1), size + g_CM.abs().sum(-1)
+    if ref_prob is not None and grad.kl is not None:
+        total, size = total - grad.kl, size + grad.kl.abs()
+    unit = torch.where(size > 0, 1 / size, 0)[:, None]
+    slope = prob * (-total[:, None] * unit)
+    slope.scatter_add_(-1, part.target[:, None], grad.logp[:, None] * unit)
+    if c is not None and grad.candidate is not None:
+        slope.scatter_add_(-1, c.clamp(min=0), g_CM * unit)
+    if ref_prob is not None and grad.kl is not None:
+        slope.addcmul_(ref_prob, grad.kl[:, None] * unit, value=-1)
+    return _through(slope, logits, shape), size
+
+
+def _through(slope: Tensor, logits: Tensor | None, shape: Shape) -> Tensor:
+    """From the gradient with respect to logits to that of the head's output, in place."""
+    if shape.softcap is not None:
+        assert logits is not None
+        slope *= 1 - (logits / shape.softcap) ** 2
+    return slope if shape.scale == 1.0 else slope.mul_(shape.scale)

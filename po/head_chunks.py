@@ -2,44 +2,53 @@
 
 The chunks' logits live for one chunk at a time, forward and backward. With a frozen head (LoRA) the log-probs' gradient
 with respect to the hidden states is formed while the chunk is there, so nothing is computed twice. With a trained head
-all chunks but the last are computed again in the backward pass; where candidates or KLs carry gradient too, all are.
+all chunks but the last are computed again in the backward pass; so they are where candidates or KLs carry gradient too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from po.chunk import Chunk, Grad, Part
+from po.chunk import Chunk, Grad, Part, pull
 from po.errors import UserError
 from po.scores import Against, Scores, Shape, Want
 
 _CHUNK = {"cuda": 1 << 26, "cpu": 1 << 25}  # logits alive at a time, elements
 
 
+def _split(hidden_TD: Tensor, target_T: Tensor, want: Want, rows: int) -> list[Part]:
+    """Chunks of so many rows; one empty one where there are none."""
+    along = (hidden_TD, target_T, want.candidate_TM, want.kl_against and want.kl_against.final_TD)
+    chunks = [slice(i, i + rows) for i in range(0, max(1, len(hidden_TD)), rows)]
+    return [Part(*(None if x is None else x[at] for x in along)) for at in chunks]  # type: ignore[arg-type]
+
+
 class _Plan(NamedTuple):
-    """How rows are walked. dtype: of the matrix products; autocast: whether it is autocast's."""
+    """How rows are walked."""
 
     want: Want
     shape: Shape
     rows: int
-    dtype: torch.dtype
-    autocast: bool
+    dtype: torch.dtype  # of the matrix products
+    autocast: bool  # whether that is autocast's
+    trains: bool  # False under no_grad: nothing is kept for a backward pass
 
     @property
     def more(self) -> bool:
         """Whether anything but log-probs carries gradient."""
         return self.want.candidate_TM is not None or self.want.kl_against is not None
 
-    def parts(self, hidden_TD: Tensor, target_T: Tensor) -> Iterator[Part]:
-        against = self.want.kl_against
-        along = (hidden_TD, target_T, self.want.candidate_TM, None if against is None else against.final_TD)
-        for i in range(0, max(1, len(hidden_TD)), self.rows):
-            yield Part(*(None if x is None else x[i : i + self.rows] for x in along))  # type: ignore[arg-type]
+    def kept(self, part: Part, chunk: Chunk, ref: Chunk | None) -> tuple[Tensor | None, ...]:
+        """What the backward pass needs of a chunk: the log-probs' gradient, or what `pull` takes."""
+        if not self.more:
+            return (chunk.slope(part, self.shape),)
+        capped = self.shape.softcap is not None
+        return chunk.logits if capped else None, chunk.prob, None if ref is None else ref.prob
 
     def reference(self, weight_VD: Tensor, bias_V: Tensor | None, rows: int) -> Callable[[Tensor], Chunk] | None:
         """Chunk after chunk of the reference's rows; None where no KL is wanted."""
@@ -104,16 +113,15 @@ class _LinearHead(torch.autograd.Function):
         ctx.plan, ctx.early = plan, hidden_TD.requires_grad and not trains_head and not plan.more
         walk = _Both(plan, weight_VD, bias_V, min(plan.rows, len(hidden_TD)))
         out, grads = [], []
-        for part in plan.parts(hidden_TD, target_T):
+        for part in _split(hidden_TD, target_T, plan.want, plan.rows):
             chunk, ref = walk(part)
             out.append(chunk.score(plan.want, part, ref))
             if ctx.early:
                 grads.append(chunk.slope(part, plan.shape).to(plan.dtype) @ walk.w)
         if ctx.early:
             ctx.save_for_backward(torch.cat(grads))
-        else:
-            last = None if plan.more else chunk.slope(part, plan.shape)
-            ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, last)
+        elif plan.trains:
+            ctx.save_for_backward(hidden_TD, weight_VD, bias_V, target_T, *plan.kept(part, chunk, ref))
         found = _joined(out)
         ctx.mark_non_differentiable(*(x for x in found[1:4] if x is not None))
         return found
@@ -124,20 +132,17 @@ class _LinearHead(torch.autograd.Function):
             (grad_TD,) = ctx.saved_tensors
             return (grad_TD * grad_T[:, None].to(grad_TD.dtype), *(None,) * 4)
         plan: _Plan = ctx.plan
-        hidden_TD, weight_VD, bias_V, target_T, last = ctx.saved_tensors
+        hidden_TD, weight_VD, bias_V, target_T, *kept = ctx.saved_tensors
         total = _Sums(ctx.needs_input_grad, weight_VD, bias_V, grad_T.dtype)
         w, walk = weight_VD.to(plan.dtype), None
-        for i, part in reversed(list(enumerate(plan.parts(hidden_TD, target_T)))):
+        for i, part in reversed(list(enumerate(_split(hidden_TD, target_T, plan.want, plan.rows)))):
             at = slice(i * plan.rows, (i + 1) * plan.rows)
             grad = Grad(*(None if x is None else x[at] for x in (grad_T, *others[3:])))  # type: ignore[arg-type]
-            slope, size, last = last, grad.logp, None
-            if slope is None:
+            if not kept:
                 walk = walk or _Both(plan, w, bias_V, min(plan.rows, len(hidden_TD)))
-                chunk, ref = walk(part)
-                if plan.more:
-                    slope, size = chunk.pull(part, ref, grad, plan.shape)
-                else:
-                    slope = chunk.slope(part, plan.shape)
+                kept = plan.kept(part, *walk(part))
+            slope, size = pull(part, grad, plan.shape, *kept) if plan.more else (kept[0], grad.logp)
+            kept = ()
             total.add(part.hidden, slope, size, w)
         return *total.given(hidden_TD.dtype), None, None
 
@@ -194,7 +199,7 @@ def score_linear(head: nn.Linear, hidden_TD: Tensor, target_T: Tensor, want: Wan
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else hidden_TD.dtype
     _sized(want.kl_against, head.out_features)
-    plan = _Plan(want, shape, _rows(head.weight.shape[0], device), dtype, autocast)
+    plan = _Plan(want, shape, _rows(head.weight.shape[0], device), dtype, autocast, torch.is_grad_enabled())
     with torch.autocast(device.type, enabled=False):
         return Scores(*_LinearHead.apply(hidden_TD, head.weight, head.bias, target_T, plan))
 
@@ -223,8 +228,8 @@ def score_module(head: nn.Module, hidden_TD: Tensor, target_T: Tensor, want: Wan
             kl = (ref.exp() * (ref - log_prob)).sum(-1)
         return logp, ent, correct, collision, given, kl
 
-    plan = _Plan(want, shape, _rows(vocabulary or 1 << 16, hidden_TD.device), hidden_TD.dtype, False)
-    parts = [checkpoint(chunk, part, use_reentrant=False) for part in plan.parts(hidden_TD, target_T)]
+    rows = _rows(vocabulary or 1 << 16, hidden_TD.device)
+    parts = [checkpoint(chunk, part, use_reentrant=False) for part in _split(hidden_TD, target_T, want, rows)]
     return Scores(*_joined(parts))  # type: ignore[arg-type]
 
 
