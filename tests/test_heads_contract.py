@@ -40,6 +40,6 @@ def test_undeclared_input_says_what_to_add() -> None:
 
 def test_metrics_are_prefixed_with_the_head_s_name() -> None:
     for name, cls in HEADS.items():
-        out = cls()(random_input(cls.needs))
+        out = cls()(random_input(cls()))
         assert all(key.startswith(f"{name}/") for key in out.metrics)
         assert all(torch.isfinite(v).all() for v in out.metrics.values())

@@ -1,7 +1,12 @@
 """Every head that a recipe can name. To add one: write the file, add the line (docs/add-a-head.md)."""
 
+from po.heads.a_lol import ALoL
+from po.heads.a_lol_kl import ALoLKL
+from po.heads.a_lol_ref_free import ALoLRefFree
+from po.heads.a_lol_seq import ALoLSeq
 from po.heads.adpa import ADPA
 from po.heads.alphapo import AlphaPO
+from po.heads.ampo import AMPO
 from po.heads.aot import AOT
 from po.heads.aot_unpaired import AOTUnpaired
 from po.heads.apo_down import APODown
@@ -28,23 +33,35 @@ from po.heads.hinge import Hinge
 from po.heads.hybrid_dpo import HybridDPO
 from po.heads.infonca import InfoNCA
 from po.heads.ipo import IPO
+from po.heads.irpo_incontext import IRPOInContext
 from po.heads.ld_dpo import LDDPO
 from po.heads.mapo import MaPO
+from po.heads.mdpo_multisample import MDPOMultisample
+from po.heads.mipo_multisample import MIPOMultisample
 from po.heads.mpo_multi import MPOMulti
+from po.heads.nat import NAT
 from po.heads.nca import NCA
 from po.heads.orpo import ORPO
 from po.heads.padll import PADLL
 from po.heads.pfl import PFL
+from po.heads.plackett_luce import PlackettLuce
+from po.heads.prob_sft import ProbSFT
+from po.heads.prob_sft_threshold import ProbSFTThreshold
+from po.heads.ranklist import RankList
 from po.heads.rdpo import RDPO
+from po.heads.redi import REDI
+from po.heads.refa import REFA
 from po.heads.rpo_sft import RPOSft
 from po.heads.sem_dpo import SemDPO
 from po.heads.sft import SFT
 from po.heads.simpo import SimPO
 from po.heads.slic import SLiC
 from po.heads.sparsepo import SparsePO
+from po.heads.spo_degree import SPODegree
 from po.heads.sppo_hard import SPPOHard
 from po.heads.tdpo1 import TDPO1
 from po.heads.tdpo2 import TDPO2
+from po.heads.topr import TOPR
 from po.heads.tpo import TPO
 from po.heads.tpo_l import TPOL
 from po.heads.wpo import WPO
@@ -52,8 +69,13 @@ from po.heads.wpo_unaligned import WPOUnaligned
 from po.types import Head
 
 HEADS: dict[str, type[Head]] = {
+    "a_lol": ALoL,
+    "a_lol_kl": ALoLKL,
+    "a_lol_ref_free": ALoLRefFree,
+    "a_lol_seq": ALoLSeq,
     "adpa": ADPA,
     "alphapo": AlphaPO,
+    "ampo": AMPO,
     "aot": AOT,
     "aot_unpaired": AOTUnpaired,
     "apo_down": APODown,
@@ -80,23 +102,35 @@ HEADS: dict[str, type[Head]] = {
     "hybrid_dpo": HybridDPO,
     "infonca": InfoNCA,
     "ipo": IPO,
+    "irpo_incontext": IRPOInContext,
     "ld_dpo": LDDPO,
     "mapo": MaPO,
+    "mdpo_multisample": MDPOMultisample,
+    "mipo_multisample": MIPOMultisample,
     "mpo_multi": MPOMulti,
+    "nat": NAT,
     "nca": NCA,
     "orpo": ORPO,
     "padll": PADLL,
     "pfl": PFL,
+    "plackett_luce": PlackettLuce,
+    "prob_sft": ProbSFT,
+    "prob_sft_threshold": ProbSFTThreshold,
+    "ranklist": RankList,
     "rdpo": RDPO,
+    "redi": REDI,
+    "refa": REFA,
     "rpo_sft": RPOSft,
     "sem_dpo": SemDPO,
     "sft": SFT,
     "simpo": SimPO,
     "slic": SLiC,
     "sparsepo": SparsePO,
+    "spo_degree": SPODegree,
     "sppo_hard": SPPOHard,
     "tdpo1": TDPO1,
     "tdpo2": TDPO2,
+    "topr": TOPR,
     "tpo": TPO,
     "tpo_l": TPOL,
     "wpo": WPO,
