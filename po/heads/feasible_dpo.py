@@ -16,7 +16,7 @@ Pins the level: no.
 Limits: a pair at or below epsilon loses its weight over its visits, and with clamped at once. dual_lr = alpha = 1 makes
     the next visit's weight the last one's slack. alpha = inf (in a recipe 1e12) is plain Feasible Learning, without
     relaxation, for primal_dual only. Multipliers belong to rows and change on a visit, so the
-    head wants several epochs.
+    head wants several epochs. Evaluation starts them anew, at 1: primal_dual then shows the DPO loss.
 Departures: the defaults are the authors' experiments'; their trainer's are epsilon 0.001 and alpha 2. Their clamped
     loss lacks the 1/2: it is ours with alpha 2; their scripts ask for "clamped-erm", which their code does not know and
     trains as plain DPO. TRL and HALOs have no such loss.
