@@ -14,6 +14,7 @@ from po.data.overlong import Limits, Outcome, settle
 from po.data.read import Record
 from po.data.rows import Row
 from po.data.tokenize import Encoder
+from po.data.wanted import NOTHING_MORE, Wanted
 from po.spec import Source
 
 SHARED = Path(__file__).parents[1].parent / "shared"
@@ -62,23 +63,28 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-def row(data: dict[str, Any], **source: Any) -> Row:
+def row(data: dict[str, Any], wanted: Wanted = NOTHING_MORE, **source: Any) -> Row:
     """One record as a Row; fails where it has problems."""
-    done = convert(Record("t.jsonl:1", data), Source("t.jsonl", **source))
+    done = convert(Record("t.jsonl:1", data), Source("t.jsonl", **source), wanted)
     assert done.row is not None, [str(p) for p in done.problems]
     return done.row
 
 
-def problems(data: dict[str, Any], **source: Any) -> list[str]:
+def problems(data: dict[str, Any], wanted: Wanted = NOTHING_MORE, **source: Any) -> list[str]:
     """What is wrong with one record."""
-    return [str(p) for p in convert(Record("t.jsonl:1", data), Source("t.jsonl", **source)).problems]
+    return [str(p) for p in convert(Record("t.jsonl:1", data), Source("t.jsonl", **source), wanted).problems]
 
 
 def settled(
-    data: dict[str, Any], tok: Any, max_length: int = 1000, prompt: int | None = None, overlong: Any = "drop"
+    data: dict[str, Any],
+    tok: Any,
+    max_length: int = 1000,
+    prompt: int | None = None,
+    overlong: Any = "drop",
+    wanted: Wanted = NOTHING_MORE,
 ) -> Outcome:
     """One record through tokens and the length policy."""
-    return settle(row(data), Encoder(tok), Limits(max_length, prompt, overlong))
+    return settle(row(data, wanted), Encoder(tok), Limits(max_length, prompt, overlong))
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

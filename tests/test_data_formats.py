@@ -149,10 +149,10 @@ def test_format(name: str) -> None:
 def test_labels_and_scores_of_pairs_come_through() -> None:
     assert [r.label for r in row(PAIRS["labelled set"][0]).responses] == [-1, 1]
     assert [row({"prompt": "q", "completion": "a", "label": x}).responses[0].label for x in (True, 1, 0, -1)] == [
-        True,
-        True,
-        False,
-        False,
+        1,
+        1,
+        -1,
+        -1,
     ]
     for a, b in (
         ("score_chosen", "score_rejected"),

@@ -8,7 +8,7 @@ from functools import lru_cache
 Ids = tuple[int, ...]
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def edited(a: Ids, b: Ids) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
     """For each token of two responses, whether it is part of a replacement, insertion or deletion between them."""
     marks = [True] * len(a), [True] * len(b)

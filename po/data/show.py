@@ -19,7 +19,7 @@ def show(example: Example, tokenizer: Any) -> str:
         if example.reward is not None:
             facts.append(f"reward {example.reward[k]:g}")
         if example.label is not None:
-            facts.append(f"label {example.label[k]:+d}")
+            facts.append(f"label {example.label[k]:+d}" if example.label[k] else "unlabelled")
         lines += [f"response {k}, {', '.join(facts)}:", "  " + _tokens(ids, example.prompt_ids, tokenizer)]
     return "\n".join(lines)
 
