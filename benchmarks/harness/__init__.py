@@ -1,0 +1,1 @@
+"""What the benchmarks on the sandbox share: the world and its facts, one training run, what is measured, intervals."""
