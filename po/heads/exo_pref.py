@@ -11,8 +11,8 @@ Length: sum.
 Bounded below: yes, by 0; with the official labels by -log(1 + e^-10).
 Pins the level: no.
 Limits: least at b h = log((1 - e) / e), with official labels at b h = 10, h the difference of the two log-ratios. DPO
-    is the forward KL with e = 0; there is no e = 0 here, log 0 is infinite.
-    The gradient ends where the policy is sure of either response, the worse one too.
+    is the forward KL with e = 0; there is no e = 0 here, log 0 is infinite. The gradient fades where the policy is sure
+    of either response, the worse one too.
 Departures: as TRL 1.16 `exo_pair`, which clamps nothing at e = 0 and returns infinity. The authors' code is labels:
     official with beta_pi 0.5: p shifted by log(1 + e^-10), a constant, with e = 1 / (1 + e^10). HALOs has none.
 Verified: closed form; vectors on which the executed code of TRL 1.16 (smoothed) and of the authors (official) agrees.
@@ -46,9 +46,10 @@ class EXOPref(Head):
         return (0.0, -10.0) if self.labels == "official" else (math.log1p(-self.epsilon), math.log(self.epsilon))
 
     def __call__(self, x: HeadInput) -> HeadOutput:
-        log_q_GK = (self.beta_pi * x.logratio_GK).log_softmax(-1)
-        gap_GK = log_q_GK - log_q_GK.new_tensor(self.log_p)
-        return HeadOutput((log_q_GK.exp() * gap_GK).sum(-1), {"exo_pref/q": log_q_GK.detach()[:, 0].exp()})
+        better_G, worse_G = (self.beta_pi * x.logratio_GK).log_softmax(-1).unbind(-1)
+        log_p_better, log_p_worse = self.log_p
+        loss_G = better_G.exp() * (better_G - log_p_better) + worse_G.exp() * (worse_G - log_p_worse)
+        return HeadOutput(loss_G, {"exo_pref/q": better_G.detach().exp()})
 
     def start(self, K: int) -> float:
         return -math.log(2) - sum(self.log_p) / 2

@@ -12,8 +12,9 @@ Bounded below: yes, by 0.
 Pins the level: no.
 Limits: weights 1 are DPO. Weights are below 1, and small for a policy of high entropy even on its own samples, which is
     what `wpo` corrects at the price of a sum over the vocabulary.
-Departures: the paper's ablation; TRL 1.16 and the authors' code have only the aligned form. A clamp at 1 would change
-    nothing. The exponent ends at 20, beyond what probabilities reach. HALOs has none.
+Departures: what the paper's alignment starts from; TRL 1.16 and the authors' code have only the aligned form. A clamp
+    at 1 would change nothing. The exponent ends at 20, beyond what probabilities reach. HALOs has none.
+Unverified: how the paper's experiments use this form, whose text was not at hand.
 Verified: closed form; a vector, down to logits, without public counterpart; identity with DPO.
 """
 
