@@ -27,12 +27,12 @@ from po.heads.cpo import CPO
 from po.heads.orpo import ORPO
 from po.heads.simpo import SimPO
 from po.heads.slic import SLiC
-from po.heads.tpo import TPO
 from po.heads.tpo_l import TPOL
+from po.heads.tpo_triple import TPOTriple
 from po.numeric import log1mexp
 from po.types import Head, HeadInput
 
-COVERED: set[type[Head]] = {ORPO, SimPO, AlphaPO, CPO, SLiC, TPO, TPOL}
+COVERED: set[type[Head]] = {ORPO, SimPO, AlphaPO, CPO, SLiC, TPOTriple, TPOL}
 
 
 def mean(tokens: Response) -> mpf:
@@ -106,8 +106,8 @@ def tpo_l(beta: float, gamma: float, alpha: float) -> Formula:
         (CPO(beta=0.7, alpha=0.3), cpo(0.7, 0.3)),
         (SLiC(), slic(1, 0.1)),
         (SLiC(delta=6.0, lam=0.0), slic(6, 0)),
-        (TPO(), tpo(0.01, 1)),
-        (TPO(beta=0.7, alpha=0.05), tpo(0.7, 0.05)),
+        (TPOTriple(), tpo(0.01, 1)),
+        (TPOTriple(beta=0.7, alpha=0.05), tpo(0.7, 0.05)),
         (TPOL(), tpo_l(2, 0.5, 1)),
         (TPOL(beta=0.7, gamma=2.0, alpha=0.05), tpo_l(0.7, 2, 0.05)),
     ],
@@ -143,7 +143,7 @@ PAIR_VECTORS: list[tuple[Head, tuple[Rows, Rows, Rows]]] = [
     ),
     # TRL 1.16 CPO; TPO repository
     (CPO(beta=0.1, alpha=0), CPO_01),
-    (TPO(beta=0.1, alpha=0), CPO_01),
+    (TPOTriple(beta=0.1, alpha=0), CPO_01),
     # TRL 1.16 odds_ratio_loss (single precision) + the response's own mean
     (
         ORPO(lam=0.1),
@@ -178,7 +178,7 @@ def test_the_gold_response_adds_its_likelihood() -> None:
     x = from_sums(
         [[*g, *p] for g, p in zip(gold, PAIR_LOGP)], [[0.0, *p] for p in PAIR_REF], lengths, [[2.0, 1.0, 0.0]] * 3
     )
-    for head, (rows, better, worse) in ((TPO(beta=0.1, alpha=0.4), CPO_01), (TPOL(alpha=0.4), SIMPO)):
+    for head, (rows, better, worse) in ((TPOTriple(beta=0.1, alpha=0.4), CPO_01), (TPOL(alpha=0.4), SIMPO)):
         loss_G, grad_T = loss_and_grad(head, x)
         own_G = torch.tensor([0.4 * 6.0 / 3, 0.4 * 2.0 / 3, 0.4 * 9.0 / 3], dtype=F64)
         assert_close(loss_G, torch.tensor(rows, dtype=F64) + own_G, rtol=0, atol=6e-7)
@@ -206,7 +206,7 @@ def test_values_where_both_responses_are_equally_likely() -> None:
         (AlphaPO(gamma=0), half, -1.25 * math.exp(1.5 / 4), 1.25 * math.exp(1.5 / 4)),
         (CPO(), half + 1.5, -2 * 0.05 - 1, 2 * 0.05),
         (SLiC(), 1 + 0.1 * 3, -2 * 1.1, 2.0),
-        (TPO(), half + 1.5, -2 * 0.005 - 1, 2 * 0.005),
+        (TPOTriple(), half + 1.5, -2 * 0.005 - 1, 2 * 0.005),
         (TPOL(gamma=0), half + 1.5, -2.0, 1.0),
     ):
         loss_G, grad_T = loss_and_grad(head, x)

@@ -16,8 +16,8 @@ from po.heads.orpo import ORPO
 from po.heads.sft import SFT
 from po.heads.simpo import SimPO
 from po.heads.slic import SLiC
-from po.heads.tpo import TPO
 from po.heads.tpo_l import TPOL
+from po.heads.tpo_triple import TPOTriple
 from po.types import Head, HeadInput, Segments
 
 PAIRS = ((3, 5), (1, 2), (4, 1), (2, 2))
@@ -62,7 +62,7 @@ def test_alphapo_at_alpha_minus_1_rewards_probability() -> None:
 
 
 def test_tpo_of_two_responses_is_cpo_and_tpo_l_is_simpo() -> None:
-    same(TPO(beta=0.3, alpha=0.7), CPO(beta=0.3, alpha=0.7), pairs())
+    same(TPOTriple(beta=0.3, alpha=0.7), CPO(beta=0.3, alpha=0.7), pairs())
     same(TPOL(beta=3, gamma=0.4, alpha=0), SimPO(beta=3, gamma=0.4), pairs())
 
 
@@ -96,7 +96,7 @@ def test_means_do_not_know_lengths(head: Head) -> None:
     x = pairs()
     y = change(x, seg=doubled(x), policy_T=x.policy_T.detach().repeat_interleave(2))
     assert_close(loss_and_grad(head, y)[0], loss_and_grad(head, x)[0])
-    for sums in (CPO(), SLiC(), TPO(beta=0.3)):
+    for sums in (CPO(), SLiC(), TPOTriple(beta=0.3)):
         assert ((loss_and_grad(sums, y)[0] - loss_and_grad(sums, x)[0]).abs() > 1e-3).any()
 
 
@@ -113,7 +113,7 @@ def test_contrasts_of_means_pull_and_push_alike(head: Head) -> None:
     assert_close(pull_G, -push_G)
 
 
-@pytest.mark.parametrize("head", [CPO, TPO])
+@pytest.mark.parametrize("head", [CPO, TPOTriple])
 def test_contrasts_of_sums_pull_and_push_each_token_alike(head: type[Head]) -> None:
     """And the likelihood adds alpha / (pairs * tokens) to each token of the better response."""
     x = pairs()
@@ -127,11 +127,11 @@ def test_contrasts_of_sums_pull_and_push_each_token_alike(head: type[Head]) -> N
 
 def sets(reward: list[list[float]]) -> tuple[HeadInput, Tensor]:
     """Sets with these rewards, and which response each token belongs to."""
-    x = change(random_input(TPO(), SETS, seed=2), reward=grid(reward))
+    x = change(random_input(TPOTriple(), SETS, seed=2), reward=grid(reward))
     return x, x.seg.slot_T
 
 
-@pytest.mark.parametrize("head", [TPO(beta=0.3), TPOL()], ids=name_of)
+@pytest.mark.parametrize("head", [TPOTriple(beta=0.3), TPOL()], ids=name_of)
 def test_only_gold_second_and_last_learn(head: Head) -> None:
     x, slot_T = sets([[1.0, 9.0, 5.0, -2.0, 3.0], [1.0, 4.0], [2.0, 1.0, 3.0]])
     _, grad_T = loss_and_grad(head, x)
@@ -142,7 +142,7 @@ def test_only_gold_second_and_last_learn(head: Head) -> None:
     assert (grad_T[slot_T == 2] < 0).all(), "the second"
 
 
-@pytest.mark.parametrize("head", [TPO(beta=0.3), TPOL()], ids=name_of)
+@pytest.mark.parametrize("head", [TPOTriple(beta=0.3), TPOL()], ids=name_of)
 def test_ties_go_by_place(head: Head) -> None:
     """All equal: the first is gold, the next chosen, the last rejected."""
     tied, slot_T = sets([[2.0] * 5, [2.0] * 2, [2.0] * 3])
@@ -151,7 +151,7 @@ def test_ties_go_by_place(head: Head) -> None:
     assert set(slot_T[loss_and_grad(head, tied)[1] != 0].tolist()) == {0, 1, 4, 5, 6, 10, 11, 12}
 
 
-@pytest.mark.parametrize("head", [TPO(beta=0.3), TPOL()], ids=name_of)
+@pytest.mark.parametrize("head", [TPOTriple(beta=0.3), TPOL()], ids=name_of)
 def test_only_the_order_of_rewards_counts(head: Head) -> None:
     x, _ = sets([[1.0, 9.0, 5.0, -2.0, 3.0], [1.0, 4.0], [2.0, 1.0, 3.0]])
     assert_close(loss_and_grad(head, change(x, reward=(x.reward_GK / 3).exp() - 100)), loss_and_grad(head, x))

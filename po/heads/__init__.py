@@ -62,8 +62,8 @@ from po.heads.sppo_hard import SPPOHard
 from po.heads.tdpo1 import TDPO1
 from po.heads.tdpo2 import TDPO2
 from po.heads.topr import TOPR
-from po.heads.tpo import TPO
 from po.heads.tpo_l import TPOL
+from po.heads.tpo_triple import TPOTriple
 from po.heads.wpo import WPO
 from po.heads.wpo_unaligned import WPOUnaligned
 from po.types import Head
@@ -131,8 +131,8 @@ HEADS: dict[str, type[Head]] = {
     "tdpo1": TDPO1,
     "tdpo2": TDPO2,
     "topr": TOPR,
-    "tpo": TPO,
     "tpo_l": TPOL,
+    "tpo_triple": TPOTriple,
     "wpo": WPO,
     "wpo_unaligned": WPOUnaligned,
 }

@@ -31,7 +31,7 @@ from po.types import Head, HeadInput, HeadOutput, Needs
 
 
 @dataclass(frozen=True)
-class TPO(Head):
+class TPOTriple(Head):
     needs: ClassVar[Needs] = Needs(layout="set", reward=True)
 
     beta: Annotated[float, Gt(0)] = 0.01
@@ -46,4 +46,4 @@ class TPO(Head):
         _, chosen_G, rejected_G = x.seg.sum(x.policy_T).gather(-1, index_GR).unbind(-1)
         nll_G = -x.seg.mean(x.policy_T).gather(-1, index_GR)[:, 0]
         contrast_G = -logsigmoid(self.beta * (chosen_G - rejected_G))
-        return HeadOutput(contrast_G + self.alpha * nll_G, {"tpo/nll": nll_G.detach()})
+        return HeadOutput(contrast_G + self.alpha * nll_G, {"tpo_triple/nll": nll_G.detach()})
