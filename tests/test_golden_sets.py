@@ -1,4 +1,4 @@
-"""Loss and gradient of the heads on sets and labelled groups against their formulas (mpmath, tests/heads_golden.py), and
+"""Loss and gradient of the heads on sets and labelled groups against their formulas (tests/heads_golden.py), and
 against figures that were computed elsewhere."""
 
 from __future__ import annotations
