@@ -7,7 +7,7 @@ Paper: Li et al. 2024, Self-supervised Preference Optimization: Enhance Your Lan
     z_k = mean over the tokens of y_k of  A h_t + a
 
 Symbols: s = sigmoid; b = beta; c = gamma; W and L the responses labelled +1 and -1; d the degree of removal: 0 for
-    labelled responses, the row's number `removed` (0 to classes - 1, clamped) for its responses labelled 0 (null), which are
+    labelled responses, the row's number `removed` (0 to classes - 1, clamped) for its responses labelled 0, which are
     copies with key content taken out; classes: how many degrees; h_t the policy's last hidden state that predicts token
     t; A, a a linear layer trained along.
 Length: sum (DPO), mean (degrees).
