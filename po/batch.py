@@ -14,6 +14,7 @@ from po.data.groups import Group, Groups, Pick
 from po.data.rows import Example, Item
 from po.data.wanted import NOTHING_MORE, Wanted, wanted
 from po.forest import Forest, Padded, pad, plant
+from po.pieces import Piece, split
 from po.types import HeadInput, Segments
 
 __all__ = ["Batch", "Collate", "Group", "Groups", "LookUp", "Pick", "Wanted", "moved", "wanted"]
@@ -51,6 +52,7 @@ class Batch:
     candidate_ids_TM: Tensor | None = None
     teacher_TM: Tensor | None = None
     teacher_ref_TM: Tensor | None = None
+    pieces: tuple[Piece, ...] = ()  # the stream in parts, where it is more than one forward may hold
 
     def to(self, device: torch.device | str) -> Batch:
         """Move, never cast: HF's Trainer would round float inputs to bf16 under DeepSpeed (-734.3 becomes -736)."""
@@ -122,15 +124,17 @@ def moved(x: _T, device: torch.device | str) -> _T:
 @dataclass(frozen=True)
 class Collate:
     """Groups -> Batch. `reference` looks cached log-probs up; None where the trainer computes them or none are needed.
-    `best_first`: the items are pairs. `wanted`: what the heads read beyond the ordinary."""
+    `best_first`: the items are pairs. `wanted`: what the heads read beyond the ordinary. `max_tokens`: a
+    micro-batch of more is split into pieces."""
 
     share_prefix: bool = True
     reference: LookUp | None = None
     best_first: bool = False
     wanted: Wanted = NOTHING_MORE
+    max_tokens: int | None = None  # of one forward
 
     def __call__(self, groups: Sequence[Group | tuple[Example, Item, bool]]) -> Batch:
-        every = [Group(*g) for g in groups]
+        every = [Group(*g) if self.wanted.mismatch else Group(*g[:3]) for g in groups]
         K = max(len(g.item.responses) for g in every)
         ids = [(g.example.prompt_ids, [g.example.response_ids[k] for k in g.item.responses]) for g in every]
         valid_GK = torch.tensor([[g.counts and k < len(g.item.responses) for k in range(K)] for g in every])
@@ -138,7 +142,8 @@ class Collate:
         if self.wanted.mismatch:
             assert all(g.other for g in every), "every item must have another row's response: arrange(mismatch=True)"
             ids, width = [(p, [*rs, g.other]) for (p, rs), g in zip(ids, every)], K + 1
-        stream = plant(ids, width) if self.share_prefix else pad(ids, width)
+        lay = plant if self.share_prefix else pad
+        stream = lay(ids, width)
         seg = Segments(stream.slot_T, valid_GK)
         places: dict[str, Any] = {}
         if self.wanted.mismatch:
@@ -158,6 +163,7 @@ class Collate:
             _grid([_pick(g.example.reward, g.item) for g in every], K, torch.float32),
             _grid([_pick(g.example.label, g.item) for g in every], K, torch.int64),
             self.best_first,
+            pieces=() if self.max_tokens is None else split(ids, self.max_tokens, width, lay),
             **places,
             **further(every, K, self.wanted),
         )

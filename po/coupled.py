@@ -1,8 +1,13 @@
-"""The optimizer step of heads that couple its groups: seen ahead, taken together, then one micro-batch at a time."""
+"""The optimizer step taken together: all groups seen ahead, one call of the heads, then one backward pass at a time.
+
+For heads that couple the groups of a step, and for micro-batches that are too large for one forward.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,35 +15,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from po.batch import Batch
+from po.forward import Forward, Seen
 from po.logprob import Scores
 from po.metrics import Metric, preference_metrics, token_metrics
 from po.objective import Scope
-from po.ranks import rank, ranks
+from po.pieces import Piece
+from po.ranks import gather, rank, ranks
 from po.spec import Term
 from po.types import HeadInput
 from po.whole import Share, State, Whole, for_other_rows, moved, signals, whole
 
 _FILE = "head_state.safetensors"
-Refer = Callable[[nn.Module, Batch], Batch]  # fills the reference's log-probs in
-See = Callable[[nn.Module, Batch], tuple[HeadInput, Scores]]  # one forward of the policy
+Backward = Callable[[], Tensor]  # one forward; what to run backward from
 
 
 class Coupled:
-    """What the trainer hands over for such heads. With several micro-batches a step, the first one looks ahead at all
-    of them without gradient; each is then computed again from the same random numbers (dropout). One forward more buys
-    exactness whatever the split; with one micro-batch it is not needed."""
+    """What the trainer hands over for such steps. With several micro-batches or pieces a step, the first one looks
+    ahead at all of them without gradient; each is then computed again from the same random numbers (dropout). One
+    forward more buys exactness whatever the split; with one stream a step it is not needed."""
 
     def __init__(
         self,
         terms: Sequence[Term],
         rows: int,
         device: torch.device,
-        refer: Refer,
-        see: See,
+        forward: Forward,
         record: Callable[[Iterable[Metric]], None],
+        splits: bool = False,
     ) -> None:
-        self._terms, self._device = terms, device
-        self._refer, self._see, self._record = refer, see, record
+        """rows: how many the training data has. splits: micro-batches may come in pieces."""
+        self._terms, self._device, self._splits = terms, device, splits
+        self._forward, self._record = forward, record
         self.states: list[State] = [moved(t.head.state(rows), device) for t in terms]
         self._step: Sequence[Batch] = ()
         self._ahead: list[tuple[Share, Batch, _Random]] = []
@@ -47,49 +54,61 @@ class Coupled:
         """The micro-batches of the next optimizer step."""
         self._step, self._ahead = batches, []
 
-    def loss(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Tensor]:
-        """What the heads saw of this micro-batch, and its share of the step's loss, times the ranks."""
-        if len(self._step) == 1:
-            x, scores = self._see(model, self._refer(model, batch))
-            (share,) = self._take([x], [scores], counts)
-        else:
-            self._ahead = self._ahead or self._look_ahead(model, counts)
-            share, batch, random = self._ahead.pop(0)
-            random.restore()
-            x, _ = self._see(model, batch)
-        return share.x, share.loss(signals(x), ranks())
+    def losses(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, list[Backward]]:
+        """What the heads saw of this micro-batch, and its share of the step's loss (times the ranks) as a sum of parts,
+        each with a forward of its own. Every rank gets as many parts."""
+        if len(self._step) == 1 and not self._splits:
+            seen = self._forward(model, batch)
+            (share,) = self._take([seen], counts)
+            return share.x, [partial(share.loss, signals(seen.x), ranks())]
+        self._ahead = self._ahead or self._look_ahead(model, counts)
+        share, batch, random = self._ahead.pop(0)
+        random.restore()
+        pull = replace(share, grad={name: _everywhere(g, batch) for name, g in share.grad.items()}, value=0)
+        pieces = batch.pieces or (None,)
+        parts: list[Backward] = [partial(self._part, model, batch, p, pull) for p in pieces]
+        parts += [partial(self._idle, model, batch, pieces[-1])] * (self._most(len(parts)) - len(parts))
+        return share.x, [*parts[:-1], lambda: parts[-1]() + share.value]  # the last one is what the trainer logs
+
+    def _part(self, model: nn.Module, batch: Batch, piece: Piece | None, share: Share) -> Tensor:
+        """A piece's part of a micro-batch's share; `share` in the order of the whole stream."""
+        scores = self._forward.piece(model, batch, piece)
+        cut = share if piece is None else replace(share, grad={k: g[piece.index_T] for k, g in share.grad.items()})
+        return cut.loss(_signals(scores), ranks())
+
+    def _idle(self, model: nn.Module, batch: Batch, piece: Piece | None) -> Tensor:
+        """Nothing, but with the collectives of a forward and backward pass: another rank has more pieces."""
+        return self._forward.piece(model, batch, piece).logp_T.sum() * 0
+
+    def _most(self, parts: int) -> int:
+        return max(gather(parts)) if self._splits else parts
 
     @torch.no_grad()
     def _look_ahead(self, model: nn.Module, counts: Mapping[Scope, float]) -> list[tuple[Share, Batch, _Random]]:
-        batches = [self._refer(model, b.to(self._device)) for b in self._step]
         random, seen = [], []
-        for batch in batches:
+        for batch in self._step:
             random.append(_Random())
-            seen.append(self._see(model, batch))
-        shares = self._take([x for x, _ in seen], [s for _, s in seen], counts)
-        return list(zip(shares, batches, random, strict=True))
+            seen.append(self._forward(model, batch.to(self._device)))
+        return list(zip(self._take(seen, counts), [s.batch for s in seen], random, strict=True))
 
-    def _take(
-        self, xs: Sequence[HeadInput], scores: Sequence[Scores], counts: Mapping[Scope, float]
-    ) -> tuple[Share, ...]:
+    def _take(self, seen: Sequence[Seen], counts: Mapping[Scope, float]) -> tuple[Share, ...]:
         """One call of the heads for all groups of the step."""
-        step = whole(self._terms, xs, counts, self.states)
+        step = whole(self._terms, [s.x for s in seen], counts, self.states)
         self.states = [out.state for out in step.parts.outputs]
-        self._log(step, xs, scores)
+        self._log(step, seen)
         return step.shares
 
-    def _log(self, step: Whole, xs: Sequence[HeadInput], scores: Sequence[Scores]) -> None:
+    def _log(self, step: Whole, seen: Sequence[Seen]) -> None:
         """Rank 0 keeps the books of what all ranks know alike."""
         if rank() == 0:
             self._record(preference_metrics(step.x, self._terms, step.parts))
-        for x, s in zip(xs, scores, strict=True):
-            self._record(token_metrics(x, self._terms, s))
+        for s in seen:
+            self._record(token_metrics(s.x, self._terms, s.scores))
 
-    def evaluate(self, seen: Sequence[tuple[HeadInput, Scores]], counts: Mapping[Scope, float], rows: int) -> None:
+    def evaluate(self, seen: Sequence[Seen], counts: Mapping[Scope, float], rows: int) -> None:
         """Record the metrics of evaluation rows, taken together; the states stay as they are."""
-        xs = [x for x, _ in seen]
         states = [for_other_rows(t, s, rows) for t, s in zip(self._terms, self.states, strict=True)]
-        self._log(whole(self._terms, xs, counts, states), xs, [s for _, s in seen])
+        self._log(whole(self._terms, [s.x for s in seen], counts, states), seen)
 
     def save(self, folder: Path) -> None:
         """Beside a checkpoint's weights; the ranks' states are equal."""
@@ -102,6 +121,21 @@ class Coupled:
         if any(self.states):
             flat = load_file(folder / _FILE)
             self.states = [{k: flat[f"{i}.{k}"].to(self._device) for k in s} for i, s in enumerate(self.states)]
+
+
+def _everywhere(grad: Tensor, batch: Batch) -> Tensor:
+    """A gradient over the heads' own tokens as one over the whole stream."""
+    if batch.own_T is None:
+        return grad
+    assert batch.ref_T is not None, "a mismatched response is read through its log-ratio"
+    return grad.new_zeros(len(batch.ref_T), *grad.shape[1:]).index_copy(0, batch.own_T, grad)
+
+
+def _signals(scores: Scores) -> dict[str, Tensor]:
+    """What of a stream's scores carries gradient, under the names of `po.whole.signals`."""
+    named = {"policy_T": scores.logp_T, "token_kl": scores.token_kl_T, "candidate": scores.candidate_TM}
+    gates = {f"gates.{name}": gate for name, gate in (scores.gates or {}).items()}
+    return {name: t for name, t in named.items() if t is not None} | gates
 
 
 class _Random:

@@ -26,6 +26,7 @@ from po.logprob import GATES, layers
 from po.spec import Term
 
 FILE = "gates.safetensors"
+WEIGHT_DECAY = 0.01  # SparsePO's, for its masks
 
 
 class Gates(nn.Module):
@@ -128,6 +129,17 @@ def load_gates(model: Any, folder: Path) -> None:
         if differ := sorted(k for k, _ in own ^ found):
             raise UserError(f"{folder / FILE}: {differ[0]!r} does not fit; other heads or another model saved it")
         gates.load_state_dict(stored)
+
+
+def apart(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Move parameters to an optimizer group of their own: the recipe's learning rate, WEIGHT_DECAY."""
+    own = list(parameters)
+    if not own:
+        return
+    ids = {id(p) for p in own}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in ids]
+    optimizer.add_param_group({"params": own, "weight_decay": WEIGHT_DECAY})
 
 
 def _base(model: Any) -> Any:

@@ -12,7 +12,6 @@ from po.batch import Batch, LookUp
 from po.errors import UserError
 from po.logprob import Against, Want, against, score
 from po.spec import ReferenceSpec, Term
-from po.types import Needs
 
 
 class RefParts(NamedTuple):
@@ -107,19 +106,9 @@ def _peft(model: Any) -> Any:
     return model
 
 
-def reads_reference(needs: Needs) -> bool:
-    """Whether a head reads the reference in any form."""
-    return needs.reference or needs.mismatch or needs_live(needs)
-
-
-def needs_live(needs: Needs) -> bool:
-    """Whether a head reads more of the reference than log-probs, so that it must be there at every step."""
-    return needs.token_kl or needs.hidden == "ref"
-
-
 def check_live(terms: Sequence[Term], reference: ReferenceSpec) -> None:
     """Raise UserError where a head reads more of the reference than log-probs, and only those are kept."""
-    live = [t.head for t in terms if needs_live(t.head.needs)]
+    live = [t.head for t in terms if t.head.needs.live_reference]
     if reference.kind != "cached" or not live:
         return
     what = "KL to the reference at every token" if live[0].needs.token_kl else "hidden states of the reference"

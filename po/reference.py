@@ -29,7 +29,7 @@ from po.logp_store import LogpStore
 from po.policy import load_frozen, load_tokenizer, plainly
 from po.ranks import on_any
 from po.ref_cache import RefCache, compute_dtype, tolerance
-from po.ref_kinds import AdapterOff, Cached, Frozen, Reference, check_live, reads_reference
+from po.ref_kinds import AdapterOff, Cached, Frozen, Reference, check_live
 from po.sharing import share
 from po.spec import ModelSpec, Recipe, ReferenceSpec
 from po.weights import cache_root, checkpoint_dtype, fingerprint, is_adapter, locate
@@ -45,7 +45,6 @@ __all__ = [
     "check_start",
     "compute_dtype",
     "identity",
-    "reads_reference",
 ]
 
 _CODE = "1"  # raise it when a change in the code changes log-probs
@@ -113,7 +112,7 @@ def build_reference(
     Leaves the random state as it was. Raises UserError as `identity`, `check_kind` and `check_live` do, and for a cache
     folder that the ranks do not share; NumericsError where stored log-probs differ from the live model's.
     """
-    if not any(reads_reference(term.head.needs) for term in recipe.loss):
+    if not any(term.head.needs.any_reference for term in recipe.loss):
         return None
     check_live(recipe.loss, recipe.reference)
     what = identity(recipe.model, recipe.reference)

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
-from po.batch import Collate, Groups
+from po.batch import Collate, Groups, wanted
 from po.callbacks import GracefulStop, NonFinite, Watchdog
 from po.checkpoint import check_same, newest_sound
 from po.data.layout import arrange, check_needs
 from po.data.prepare import Prepared, prepare
 from po.errors import StoppedError
 from po.folder import RunLock, environment
+from po.gates import attach
 from po.hardening import keep_shm_clean, refuse_pickles
 from po.logs import MetricsFile, Progress
 from po.merge import check_tensors, each_tensor
@@ -73,16 +74,16 @@ class Job:
 
 def load_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Rows -> groups in the layout that the recipe's heads need. Raises UserError for bad rows and unmet needs."""
-    key, spec = tokenizer_key(tokenizer), recipe.data
-    train = prepare(spec, spec.train, tokenizer, key, "train")
+    key, spec, more = tokenizer_key(tokenizer), recipe.data, wanted(recipe.loss)
+    train = prepare(spec, spec.train, tokenizer, key, "train", more)
     prepared = [train]
     layout = check_needs(recipe.loss, train.examples, spec.train[0].path)
     groups, lines = [], []
     if spec.eval:
-        prepared.append(prepare(spec, spec.eval, tokenizer, key, "eval"))
+        prepared.append(prepare(spec, spec.eval, tokenizer, key, "eval", more))
         check_needs(recipe.loss, prepared[1].examples, spec.eval[0].path)
     for p in prepared:
-        items, line = arrange(p.examples, layout, spec.pairing, spec.pairing_margin, recipe.seed)
+        items, line = arrange(p.examples, layout, spec.pairing, spec.pairing_margin, recipe.seed, more.mismatch)
         groups.append(Groups(p.examples, items))
         lines += [p.report.summary(), line]
     return Data(groups[0], groups[1] if spec.eval else None, layout, tuple(prepared), tuple(lines))
@@ -117,6 +118,7 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
     )
     trackers, args.report_to = SafeTrackers(args.report_to, folder), []
+    attach(policy, recipe.loss, reference.net if reference is not None else None)
     guard = NonFinite(folder)
     trainer = POTrainer(
         model=policy,
@@ -125,7 +127,13 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         train_dataset=data.train,
         eval_dataset=data.eval,
         terms=recipe.loss,
-        collate=Collate(sharing, reference.lookup if reference else None, data.layout == "pair"),
+        collate=Collate(
+            sharing,
+            reference.lookup if reference else None,
+            data.layout == "pair",
+            wanted(recipe.loss),
+            recipe.max_tokens_per_forward,
+        ),
         reference=reference,
         guard=guard,
         keep=keep_checkpoints(recipe),

@@ -95,6 +95,7 @@ class Recipe:
     lora: LoraSpec | None = None
     reference: ReferenceSpec = ReferenceSpec()
     train: Mapping[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments by name, checked
+    max_tokens_per_forward: Annotated[int, Ge(1)] | None = None  # split larger micro-batches; exact, one forward more
     deepspeed: str | Mapping[str, Any] | None = None  # zero0|1|2|3, zero2_offload, zero3_offload, a path, a mapping
     resume: bool = False
     seed: Annotated[int, Ge(0), Lt(2**32)] = 42

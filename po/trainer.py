@@ -7,7 +7,6 @@ micro-batches and ranks (`get_batch_samples`), log-probs (`logprob`), heads and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from po.accumulate import accumulate
 from po.batch import Batch, Collate, Groups
 from po.callbacks import NonFinite
 from po.checkpoint import sealed_save
 from po.coupled import Coupled
 from po.errors import OutOfMemoryError, out_of_memory
-from po.logprob import Scores, score
+from po.forward import Forward
+from po.gates import apart, gates_of, load_gates, save_gates
 from po.metrics import Meter, Metric, names, preference_metrics
 from po.objective import Parts, Scope, counted, objective, scope
 from po.order import StepLoader, StepSampler
@@ -60,17 +61,27 @@ class POTrainer(Trainer):
         self.meter = Meter()
         self.speed = Speed(self.model, self.args.device, _autocast(self.args) or compute_dtype(self.model))
         self._checked = False
-        self._needs_reference = any(t.head.needs.reference for t in terms)
+        self.forward = Forward(self.terms, reference)
         self.coupled = None
-        if any(t.head.needs.couples_batch for t in terms):
+        splits = collate.max_tokens is not None
+        if splits or any(t.head.needs.couples_batch for t in terms):
             rows = len(self.train_dataset.examples)
-            self.coupled = Coupled(self.terms, rows, self.args.device, self._refer, self._see, self._record)
+            self.coupled = Coupled(self.terms, rows, self.args.device, self.forward, self._record, splits)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """Train; from a checkpoint on, what heads remember included."""
-        if resume_from_checkpoint is not None and self.coupled is not None:
-            self.coupled.load(Path(resume_from_checkpoint))
+        """Train; from a checkpoint on, the heads' own modules and what they remember included."""
+        if resume_from_checkpoint is not None:
+            load_gates(self.model, Path(resume_from_checkpoint))
+            if self.coupled is not None:
+                self.coupled.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's optimizer, with the heads' own modules in a group of their own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if (gates := gates_of(self.model)) is not None:
+            apart(optimizer, gates.parameters())
+        return optimizer
 
     # Rows
 
@@ -146,30 +157,23 @@ class POTrainer(Trainer):
         assert num_items_in_batch is not None
         if not self._checked:
             self._check_first_batch(model, inputs)
-        if self.coupled is not None:
-            x, loss = self.coupled.loss(model, inputs, num_items_in_batch)
-        else:
-            x, parts = self._forward(model, inputs, num_items_in_batch)
-            loss = parts.loss * self.args.world_size
-        self.guard.watch(inputs.ids, x, loss)
-        return loss
+        if self.coupled is None:
+            x, parts = self._apart(model, inputs, num_items_in_batch)
+            loss: Tensor = parts.loss * self.args.world_size
+            self.guard.watch(inputs.ids, x, loss)
+            return loss
+        x, losses = self.coupled.losses(model, inputs, num_items_in_batch)
+        self.guard.watch(inputs.ids, x, x.policy_T.sum())
+        for part in losses[:-1]:
+            accumulate(self.accelerator, model, part)
+        return losses[-1]()
 
-    def _forward(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Parts]:
-        x, scores = self._see(model, self._refer(model, batch))
-        parts = objective(self.terms, x, counts)
-        self._record(preference_metrics(moved(x, x.policy_T.device), self.terms, parts, scores))
-        return x, parts
-
-    def _see(self, model: nn.Module, batch: Batch) -> tuple[HeadInput, Scores]:
-        scores = score(model, batch.stream, entropy=True)
-        return batch.head_input(scores.logp_T, batch.ref_T), scores
-
-    def _refer(self, model: nn.Module, batch: Batch) -> Batch:
-        """The batch with the reference's log-probs, where a head needs them."""
-        if not self._needs_reference or batch.ref_T is not None:
-            return batch
-        assert self.reference is not None
-        return replace(batch, ref_T=self.reference.logps(model, batch))
+    def _apart(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Parts]:
+        """A micro-batch by itself."""
+        seen = self.forward(model, batch)
+        parts = objective(self.terms, seen.x, counts)
+        self._record(preference_metrics(moved(seen.x, seen.x.policy_T.device), self.terms, parts, seen.scores))
+        return seen.x, parts
 
     @torch.no_grad()
     def _record(self, metrics: Iterable[Metric]) -> None:
@@ -185,11 +189,12 @@ class POTrainer(Trainer):
         training = model.training
         model.eval()
         try:
-            verify(model, batch.stream)
-            starts = self.reference is not None and self.reference.starts_at_policy and self.state.global_step == 0
-            if starts and (ref_T := self._refer(model, batch).ref_T) is not None:
-                dtype = _autocast(self.args) or compute_dtype(model)
-                gap = check_start(score(model, batch.stream).logp_T, ref_T, batch, dtype)
+            verify(model, batch.pieces[0].stream if batch.pieces else batch.stream)
+            if self.reference is not None and self.reference.starts_at_policy and self.state.global_step == 0:
+                seen = self.forward(model, batch)
+                ref_T = seen.batch.ref_T
+                assert ref_T is not None
+                gap = check_start(seen.logp_T, ref_T, batch, _autocast(self.args) or compute_dtype(model))
                 self.meter.add("init/ref_gap", torch.tensor([gap], device=ref_T.device))
         finally:
             model.train(training)
@@ -222,9 +227,9 @@ class POTrainer(Trainer):
         seen = []
         for batch in map(self._prepare_inputs, self.get_eval_dataloader(rows)):
             if self.coupled is None:
-                self._forward(model, batch, counts)
+                self._apart(model, batch, counts)
             else:
-                seen.append(self._see(model, self._refer(model, batch)))
+                seen.append(self.forward(model, batch))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.coupled is not None:
             self.coupled.evaluate(seen, counts, len(rows.examples))
@@ -251,6 +256,7 @@ class POTrainer(Trainer):
 
         def write() -> None:
             save(model, trial)
+            save_gates(model, folder, write=self.args.process_index == 0)
             if self.coupled is not None:
                 self.coupled.save(folder)
 

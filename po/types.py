@@ -216,6 +216,16 @@ class Needs:
     couples_batch: bool = False  # reads statistics across groups (KTO's KL, AOT's sort), or keeps state
     stops_gradient: bool = False  # treats something that depends on the policy as a constant
 
+    @property
+    def live_reference(self) -> bool:
+        """Reads more of the reference than log-probs, so that it must be there at every step."""
+        return self.token_kl or self.hidden == "ref"
+
+    @property
+    def any_reference(self) -> bool:
+        """Reads the reference in some form."""
+        return self.reference or self.mismatch or self.live_reference
+
 
 class Head(ABC):
     """An objective. Fields are the hyperparameters, __call__ is the loss, needs says what it must be fed.

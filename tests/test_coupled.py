@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -10,7 +10,8 @@ from typing import Annotated, Any, ClassVar
 import pytest
 import torch
 from annotated_types import Gt
-from heads_support import F64, change, random_input, segments
+from heads_support import F64, change, random_input
+from safetensors.torch import load_file
 from test_trainer import logs, run, weights, world  # noqa: F401
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -87,3 +88,53 @@ def test_evaluation_rows_have_rows_of_their_own() -> None:
     other = for_other_rows(Term(head), state, rows=3)
     assert other["mean"] == 2.0
     assert other["seen"].tolist() == [0.0, 0.0, 0.0]
+
+
+SPLITS = {"4x1": (4, 1, None), "1x4": (1, 4, None), "2x2": (2, 2, None), "4x1 in pieces": (4, 1, 30)}
+
+
+def trained(world: Path, name: str, loss: list[dict[str, Any]], split: str, **changes: Any) -> Path:  # noqa: F811
+    per_device, accumulation, tokens = SPLITS[split]
+    train = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation, "optim": "sgd"}
+    changes |= {"max_tokens_per_forward": tokens} if tokens else {}
+    return run(world, f"{name}-{split.replace(' ', '-')}", loss=loss, train=train, **changes)
+
+
+def same(out: Path, first: Path) -> None:
+    assert weights(first).abs().max() > 1e-4
+    assert_close(weights(out), weights(first), rtol=0, atol=5e-6)
+    for a, b in zip(logs(out), logs(first), strict=True):
+        for name in ("loss", "rewards/margins", "logps/chosen", "grad_norm", "entropy"):
+            assert a.get(name) == pytest.approx(b.get(name), abs=1e-4), name
+
+
+@pytest.mark.parametrize("head", ["aqfl", "aot"])
+def test_no_split_changes_what_a_coupled_head_trains(world: Path, head: str) -> None:  # noqa: F811
+    outs = [trained(world, head, [{"head": head, "beta": 0.5}], split) for split in SPLITS]
+    for out in outs[1:]:
+        same(out, outs[0])
+
+
+def test_sets_in_pieces_train_as_whole_ones(world: Path) -> None:  # noqa: F811
+    """Any head; a limit so small that every response has a forward of its own."""
+    data = {"train": str(world / "sets.jsonl"), "cache_dir": str(world / "cache")}
+    loss = [{"head": "infonca", "beta": 0.5, "alpha": 2.0}, {"head": "sft", "weight": 0.1}]
+    whole_ = run(world, "sets-whole", loss=loss, data=data, train={"optim": "sgd"})
+    parts = run(world, "sets-parts", loss=loss, data=data, train={"optim": "sgd"}, max_tokens_per_forward=2)
+    same(parts, whole_)
+
+
+def test_state_is_that_of_the_steps_and_survives_a_resume(world: Path) -> None:  # noqa: F811
+    """Feasible Learning's multipliers per row: two epochs at once, and stopped after the first."""
+    loss = [{"head": "feasible_dpo", "beta": 0.5}]
+    train = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4}
+    once = run(world, "feasible", loss=loss, train=train)
+    states = torch.cat([t.flatten() for t in load_file(once / "checkpoint-12" / "head_state.safetensors").values()])
+    assert states.numel() >= 21
+    assert states.std() > 0
+    half = world / "feasible-half"
+    half.mkdir()
+    shutil.copytree(once / "checkpoint-6", half / "checkpoint-6")
+    again = run(world, "feasible-half", loss=loss, train=train, resume=True)
+    assert_close(weights(again), weights(once), rtol=0, atol=0)
+    assert logs(again)[-2]["loss"] == logs(once)[-2]["loss"]

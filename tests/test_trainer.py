@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import make_model, write_pairs, write_recipe, write_sets
 
 from po.errors import NumericsError
+from po.forward import Forward
 from po.recipe import load
 from po.run import build, train
 
@@ -130,7 +131,7 @@ def test_a_wrong_reference_is_stopped_before_the_first_step(world: Path) -> None
     planted = build(*load(wrong)).trainer.reference
     assert planted is not None
     planted.starts_at_policy = True
-    job.trainer.reference = planted
+    job.trainer.reference, job.trainer.forward = planted, Forward(job.trainer.terms, planted)
     job.trainer.data_collator = replace(job.trainer.data_collator, reference=None)
     with pytest.raises(NumericsError, match="policy has not taken a step and yet differs from its reference"):
         job.trainer.train()

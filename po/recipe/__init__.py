@@ -79,7 +79,7 @@ def _section(cls: type[T], said: Mapping[str, Any], key: str, report: Report) ->
 
 def _scalars(said: Mapping[str, Any], report: Report) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for key in ("output_dir", "deepspeed", "resume", "seed"):
+    for key in ("output_dir", "deepspeed", "max_tokens_per_forward", "resume", "seed"):
         if said.get(key) is not None:
             try:
                 out[key] = fit(hints(Recipe)[key], said[key])

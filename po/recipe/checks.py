@@ -81,7 +81,7 @@ def _lora(recipe: Recipe, zero: int, report: Report) -> None:
 
 def _reference(recipe: Recipe, given: Mapping[str, Any], report: Report) -> Recipe:
     source, kind = recipe.reference.source, recipe.reference.kind
-    needing = [name_of(t.head) for t in recipe.loss if t.head.needs.reference]
+    needing = [name_of(t.head) for t in recipe.loss if t.head.needs.any_reference]
     if not needing:
         if given.get("reference") and source != "none":
             report.note(f"reference: {source!r} is not computed, because no head of the recipe needs a reference")
@@ -94,6 +94,13 @@ def _reference(recipe: Recipe, given: Mapping[str, Any], report: Report) -> Reci
         )
     if kind == "adapter_off":
         _adapter_off(recipe, report)
+    live = [name_of(t.head) for t in recipe.loss if t.head.needs.live_reference]
+    if kind == "cached" and live:
+        report.wrong(
+            ("reference", "kind"),
+            f"is 'cached', which keeps the reference's log-probs alone, and the head {live[0]!r} reads more of it; "
+            "write `kind: adapter_off` (LoRA) or `kind: frozen` (a second copy of the model).",
+        )
     return recipe
 
 

@@ -31,6 +31,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         "data": asdict(recipe.data),
         "loss": [_term(t) for t in recipe.loss],
         "train": dict(recipe.train),
+        "max_tokens_per_forward": recipe.max_tokens_per_forward,
         "deepspeed": recipe.deepspeed,
         "output_dir": recipe.output_dir,
         "resume": recipe.resume,

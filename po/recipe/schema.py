@@ -36,6 +36,7 @@ def schema() -> dict[str, Any]:
             "properties": {k: _json(h) for k, h in known().items()},
             "additionalProperties": False,
         },
+        "max_tokens_per_forward": {"type": ["integer", "null"], "minimum": 1},
         "deepspeed": {"type": ["string", "object", "null"]},
         "output_dir": text,
         "resume": {"type": "boolean"},
