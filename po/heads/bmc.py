@@ -16,6 +16,7 @@ Limits: no edit is DPO. Weights of edited tokens lie in [2, 1 + delta]. Both for
 Departures: none known in form = "code", which is the released trainer's: it computes each model's weighted sum apart,
     so the reference is weighted by its own confidence and u is no log-ratio. The edit (difflib over token ids,
     without lone stop-words) is made from the data, not here. TRL and HALOs have no BMC.
+Unverified: form = "paper" (policy weights on both models); of the paper only the abstract was at hand.
 Verified: closed form, both forms; for each a vector with gradients for the logits and one for the log-probs. The
     authors' executed code agrees with form = "code"; form = "paper" has no public counterpart.
 """

@@ -52,7 +52,6 @@ class Mask(nn.Module):
             self.mix = nn.Parameter(_STD * torch.randn(layers - 1).abs())
 
     def forward(self, hidden_TLD: Tensor) -> Tensor:
-        hidden_TLD = hidden_TLD.to(self.weight.dtype)
         if self.last:
             return (hidden_TLD[:, -1] @ self.weight[0] + self.bias[0]).relu()
         layer_TL: Tensor = (torch.linalg.vecdot(self.norm(hidden_TLD[:, 1:]), self.weight) + self.bias).relu()
