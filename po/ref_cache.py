@@ -80,7 +80,7 @@ class RefCache:
         """What the items need and the store has not, each response once, the longest first."""
         todo: list[Work] = []
         seen: set[str] = set()
-        for g, group in enumerate(groups):
+        for g, group in enumerate(x.light() for x in groups):
             wanted: dict[int, tuple[set[int], list[Other]]] = {}
             for item in group.items:
                 responses, others = wanted.setdefault(item.example, (set(), []))

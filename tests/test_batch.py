@@ -88,7 +88,7 @@ RICH = [
     for i, e in enumerate(EXAMPLES)
 ]
 OTHERS = [replace(ITEMS[0], other=Other(1, 1, 2)), replace(ITEMS[1], other=Other(0, 2, 2))]
-EVERY = Wanted(("consistency", "value"), True, True, True, True, mismatch=True, row=True)
+EVERY = Wanted(("consistency", "value"), True, True, True, mismatch=True, row=True)
 
 
 def rich(*picks: tuple[int, bool], wanted: Wanted = EVERY, **options: object) -> Batch:

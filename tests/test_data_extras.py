@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from po.data.formats import check_columns
 from po.data.layout import arrange, check_needs
 from po.data.prepare import Prepared, prepare
 from po.data.rows import Example, Item, Teacher
+from po.data.store import light
 from po.data.wanted import Wanted, wanted
 from po.errors import UserError
 from po.spec import DataSpec, Source, Term
@@ -78,6 +80,25 @@ def test_groups_keep_all_responses_with_their_labels() -> None:
         [Item(0, (0, 1, 2)), Item(1, (0, 1)), Item(2, (0,))],
         "3 groups of 1 to 3 responses: 2 desirable, 2 undesirable, 2 unlabelled",
     )
+
+
+# The sampler's log-probs
+
+
+def test_logps_stand_beside_the_responses_too() -> None:
+    want = Wanted(logps=True)
+    forms: list[tuple[dict[str, Any], list[Any]]] = [
+        ({"completion": "a", "label": True, "logps": [-1, -2.0]}, [(-1.0, -2.0)]),
+        ({"chosen": "a", "rejected": "b", "chosen_logps": [-1.0], "rejected_logps": [-2.0]}, [(-1.0,), (-2.0,)]),
+        ({"responses": ["a", "b"], "rewards": [1, 2], "logps": [[-1.0], [-2.0]]}, [(-1.0,), (-2.0,)]),
+    ]
+    for data, logps in forms:
+        assert [r.logps for r in row({**P, **data}, want).responses] == logps
+        assert {r.logps for r in row({**P, **data}).responses} == {None}
+    assert problems({**P, "chosen": "a", "rejected": "b", "rejected_logps": [-1.0, "x"]}, want) == [
+        "t.jsonl:1: rejected_logps[1]: expected a finite number, got 'x'",
+        "t.jsonl:1: chosen_logps: expected the sampler's log-probs" + BESIDE,
+    ]
 
 
 # Columns
@@ -304,13 +325,17 @@ def test_everything_survives_the_store_and_makes_a_key_of_its_own(tmp_path: Path
         {**P, "responses": [{"content": x, "label": None, **said} for x in "ab"], "prompt_embedding": [2.0, 3.0],
          "value": i / 3} for i in range(3)]  # fmt: skip
     path = write_jsonl(tmp_path / "t.jsonl", rows)
-    every = Wanted(("value",), True, True, True, True)
+    every = Wanted(("value",), True, True, True, unlabelled=True)
     got = run(path, every)
     taught = ((7, 8), (7,)), ((-0.5, -0.5), (-0.5,)), ((-1.0, -2.0), (-3.0,))
     for i, e in enumerate(got.examples):
         assert (e.columns, e.label) == ((("value", i / 3),), (0, 0))
         assert (e.embedding, e.prompt_embedding) == (((0.5, 1.0), (0.5, 1.0)), (2.0, 3.0))
         assert (e.teacher_ids, e.teacher_logps, e.teacher_ref_logps) == tuple((t, t) for t in taught)
+        few = light(got.examples)[i]
+        assert (few.embedding, few.prompt_embedding, few.teacher_ids, few.response_ids) == ((), (), (), e.response_ids)
+    assert light(run(path, GROUPS).examples)[0].embedding is None
+    assert list(pickle.loads(pickle.dumps(light(got.examples)))) == list(light(got.examples))
     with pytest.raises(UserError, match="3 of 3 rows are bad"):
         run(path, Wanted())
     keys = {run(path, w).key for w in (GROUPS, every, Wanted(("value",), unlabelled=True))}

@@ -11,13 +11,13 @@ from po.data.report import NOTHING, Faults, Problem, Say
 from po.data.rows import Response, Row, Teacher
 from po.data.view import Candidate, View
 
-EXTRAS = ("embedding", "teacher")  # of a response
+BESIDE = {"embedding": "embeddings", "teacher": "teachers", "logps": "logps"}  # of a response; a list for all
 _TEACHER = "an object with ids and logps, a list per token each"
 
 
 def attach(view: View, candidates: Sequence[Candidate], pattern: str, names: Sequence[str]) -> None:
     """Give each response what stands beside it in a column of its own, e.g. chosen_embedding."""
-    for fact in EXTRAS:
+    for fact in BESIDE:
         if getattr(view.wanted, fact):
             for c, name in zip(candidates, names):
                 column = pattern.format(name, fact)

@@ -37,6 +37,7 @@ KNOWN = (*PROMPTS, *CHOSEN, *REJECTED, *SET, *ONE, *REWARDS, *RANKS, *LABELS, *O
 _EXTRAS = {
     "embedding": ("embedding", "embeddings", "chosen_embedding", "rejected_embedding"),
     "teacher": ("teacher", "teachers", "chosen_teacher", "rejected_teacher"),
+    "logps": ("logps", "chosen_logps", "rejected_logps"),
     "prompt_embedding": ("prompt_embedding",),
 }
 _EXPECTED = "chosen and rejected, responses with rewards, completion with label, or messages"
@@ -155,7 +156,7 @@ def _set(view: View) -> list[Candidate]:
         plain = not isinstance(v, dict) or is_message(v)
         candidates.append(Candidate(f"{name}[{k}]", v) if plain else facts.from_object(v, f"{name}[{k}]", view.wanted))
     beside = [("reward", REWARDS), ("rank", RANKS), ("label", LABELS)]
-    beside += [(fact, (f"{fact}s",)) for fact in extras.EXTRAS if getattr(view.wanted, fact)]
+    beside += [(fact, (name,)) for fact, name in extras.BESIDE.items() if getattr(view.wanted, fact)]
     for fact, names in beside:
         found = view.first(names)
         if found:

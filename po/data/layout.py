@@ -10,6 +10,7 @@ from itertools import combinations, pairwise
 
 from po.data.mismatch import with_others
 from po.data.rows import Example, Item
+from po.data.store import light
 from po.errors import UserError
 from po.heads import HEADS
 from po.spec import PairRule, Term
@@ -28,6 +29,7 @@ def arrange(
     mismatch: every item also gets a response of another row (po.data.mismatch).
     """
     _check_margin(rule, margin)
+    examples = light(examples)
     items, line = _arrange(examples, layout, rule, margin, seed)
     return with_others(examples, items, seed) if mismatch else items, line
 
@@ -147,7 +149,7 @@ def check_needs(terms: Sequence[Term], examples: Sequence[Example], where: str) 
         raise UserError(f"{where}: expected at least one loss term and one row")
     layout: Layout = next(iter(layouts), "best")
     wants = [(term.head, *want) for term in terms for want in _wants(term.head.needs, layout)]
-    for e in examples:
+    for e in light(examples):
         for head, lacks, need, advice in wants:
             if lacks(e):
                 do = advice or f"Score them, or use head {'dpo' if e.is_pair else 'sft'!r}."

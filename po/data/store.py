@@ -38,14 +38,15 @@ _SCHEMA = pa.schema(
         ("teacher_ref_logps", pa.list_(pa.list_(pa.list_(pa.float32())))),
     ]
 )
+_HEAVY = ("embedding", "prompt_embedding", "teacher_ids", "teacher_logps", "teacher_ref_logps")
 assert _SCHEMA.names == [f.name for f in fields(Example)]
 
 
 class Examples(Sequence[Example]):
     """A sequence of Example in an Arrow file. In memory is only the row that is asked for; pickles as its path."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, path: str | Path, light: bool = False) -> None:
+        self.path, self._light = str(path), light
         self._open()
 
     def _open(self) -> None:
@@ -54,10 +55,14 @@ class Examples(Sequence[Example]):
         self._ends = list(accumulate(b.num_rows for b in self._batches))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path}
+        return {"path": self.path, "light": self._light}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
+
+    def light(self) -> Examples:
+        """The same examples with () for embeddings and teachers that are there, to look through all rows."""
+        return Examples(self.path, True)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -74,15 +79,26 @@ class Examples(Sequence[Example]):
         if not 0 <= at < len(self):
             raise IndexError(f"example {i} of {len(self)}")
         b = bisect(self._ends, at)
-        return _examples(self._batches[b].slice(at - self._ends[b] + self._batches[b].num_rows, 1))[0]
+        return _examples(self._batches[b].slice(at - self._ends[b] + self._batches[b].num_rows, 1), self._light)[0]
 
     def __iter__(self) -> Iterator[Example]:
         for batch in self._batches:
-            yield from _examples(batch)
+            yield from _examples(batch, self._light)
 
 
-def _examples(batch: pa.RecordBatch) -> list[Example]:
-    return [Example(*map(_frozen, row)) for row in zip(*(column.to_pylist() for column in batch.columns))]
+def light(examples: Sequence[Example]) -> Sequence[Example]:
+    """What `Examples.light` gives; of other sequences themselves."""
+    return examples.light() if isinstance(examples, Examples) else examples
+
+
+def _examples(batch: pa.RecordBatch, light: bool) -> list[Example]:
+    columns = []
+    for name, column in zip(batch.schema.names, batch.columns):
+        if light and name in _HEAVY:
+            columns.append([() if there else None for there in column.is_valid().to_pylist()])
+        else:
+            columns.append(column.to_pylist())
+    return [Example(*map(_frozen, row)) for row in zip(*columns)]
 
 
 def _frozen(value: Any) -> Any:

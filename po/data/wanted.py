@@ -1,5 +1,5 @@
-"""What the heads of a run read beyond responses, rewards, labels and the sampler's log-probs. What is not wanted is
-neither read from rows nor kept nor put into batches."""
+"""What the heads of a run read beyond responses, rewards and labels. What is not wanted is neither read from rows
+nor kept nor put into batches."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Wanted:
     embedding: bool = False
     prompt_embedding: bool = False
     teacher: bool = False
+    logps: bool = False  # the sampler's, also in columns of their own beside the responses
     unlabelled: bool = False  # a label that is null says that the response is unlabelled
     differs: bool = False
     mismatch: bool = False
@@ -29,7 +30,7 @@ class Wanted:
 
 
 NOTHING_MORE = Wanted()
-_OF_ROWS = ("columns", "embedding", "prompt_embedding", "teacher", "unlabelled")
+_OF_ROWS = ("columns", "embedding", "prompt_embedding", "teacher", "logps", "unlabelled")
 _SAME = ("embedding", "prompt_embedding", "teacher", "differs", "mismatch", "row")
 
 
@@ -38,6 +39,7 @@ def wanted(terms: Sequence[Term]) -> Wanted:
     needs = [term.head.needs for term in terms]
     return Wanted(
         columns=tuple(sorted({name for n in needs for name in n.columns})),
+        logps=any(n.behaviour for n in needs),
         unlabelled=any(n.layout == "labelled" for n in needs),
         **{name: any(getattr(n, name) for n in needs) for name in _SAME},
     )
