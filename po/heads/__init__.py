@@ -11,29 +11,36 @@ from po.heads.aot import AOT
 from po.heads.aot_unpaired import AOTUnpaired
 from po.heads.apo_down import APODown
 from po.heads.apo_zero import APOZero
+from po.heads.apo_zero_unpaired import APOZeroUnpaired
 from po.heads.aqfl import AQFL
 from po.heads.aql import AQL
+from po.heads.bco import BCO
+from po.heads.bco_matched import BCOMatched
 from po.heads.beta_dpo import BetaDPO
 from po.heads.bmc import BMC
 from po.heads.bvpo import BVPO
 from po.heads.cell import CELL
 from po.heads.cpo import CPO
 from po.heads.cream import CREAM
+from po.heads.d2o import D2O
 from po.heads.dbaql import DBAQL
 from po.heads.dckd import DCKD
 from po.heads.discopop import DiscoPOP
 from po.heads.dpo import DPO
 from po.heads.dpo_norm import DPONorm
 from po.heads.dpop import DPOP
+from po.heads.dro_v import DROV
 from po.heads.exo_pref import EXOPref
 from po.heads.exo_rw import EXORw
 from po.heads.fdpo import FDPO
 from po.heads.feasible_dpo import FeasibleDPO
 from po.heads.hinge import Hinge
 from po.heads.hybrid_dpo import HybridDPO
+from po.heads.hypo_kl import HyPOKL
 from po.heads.infonca import InfoNCA
 from po.heads.ipo import IPO
 from po.heads.irpo_incontext import IRPOInContext
+from po.heads.kto import KTO
 from po.heads.ld_dpo import LDDPO
 from po.heads.mapo import MaPO
 from po.heads.mdpo_multisample import MDPOMultisample
@@ -41,17 +48,25 @@ from po.heads.mipo_multisample import MIPOMultisample
 from po.heads.mpo_multi import MPOMulti
 from po.heads.nat import NAT
 from po.heads.nca import NCA
+from po.heads.npo import NPO
+from po.heads.npo_kl import NPOKL
+from po.heads.npo_nll import NPONLL
 from po.heads.orpo import ORPO
 from po.heads.padll import PADLL
 from po.heads.pfl import PFL
 from po.heads.plackett_luce import PlackettLuce
+from po.heads.pmpo import PMPO
 from po.heads.prob_sft import ProbSFT
 from po.heads.prob_sft_threshold import ProbSFTThreshold
 from po.heads.ranklist import RankList
 from po.heads.rdpo import RDPO
 from po.heads.redi import REDI
 from po.heads.refa import REFA
+from po.heads.rpo_contrast import RPOContrast
+from po.heads.rpo_contrast_unpaired import RPOContrastUnpaired
+from po.heads.rpo_diagonal import RPODiagonal
 from po.heads.rpo_sft import RPOSft
+from po.heads.selm import SELM
 from po.heads.sem_dpo import SemDPO
 from po.heads.sft import SFT
 from po.heads.simpo import SimPO
@@ -59,6 +74,7 @@ from po.heads.slic import SLiC
 from po.heads.sparsepo import SparsePO
 from po.heads.spo_degree import SPODegree
 from po.heads.sppo_hard import SPPOHard
+from po.heads.sspo import SSPO
 from po.heads.tdpo1 import TDPO1
 from po.heads.tdpo2 import TDPO2
 from po.heads.topr import TOPR
@@ -80,29 +96,36 @@ HEADS: dict[str, type[Head]] = {
     "aot_unpaired": AOTUnpaired,
     "apo_down": APODown,
     "apo_zero": APOZero,
+    "apo_zero_unpaired": APOZeroUnpaired,
     "aqfl": AQFL,
     "aql": AQL,
+    "bco": BCO,
+    "bco_matched": BCOMatched,
     "beta_dpo": BetaDPO,
     "bmc": BMC,
     "bvpo": BVPO,
     "cell": CELL,
     "cpo": CPO,
     "cream": CREAM,
+    "d2o": D2O,
     "dbaql": DBAQL,
     "dckd": DCKD,
     "discopop": DiscoPOP,
     "dpo": DPO,
     "dpo_norm": DPONorm,
     "dpop": DPOP,
+    "dro_v": DROV,
     "exo_pref": EXOPref,
     "exo_rw": EXORw,
     "fdpo": FDPO,
     "feasible_dpo": FeasibleDPO,
     "hinge": Hinge,
     "hybrid_dpo": HybridDPO,
+    "hypo_kl": HyPOKL,
     "infonca": InfoNCA,
     "ipo": IPO,
     "irpo_incontext": IRPOInContext,
+    "kto": KTO,
     "ld_dpo": LDDPO,
     "mapo": MaPO,
     "mdpo_multisample": MDPOMultisample,
@@ -110,17 +133,25 @@ HEADS: dict[str, type[Head]] = {
     "mpo_multi": MPOMulti,
     "nat": NAT,
     "nca": NCA,
+    "npo": NPO,
+    "npo_kl": NPOKL,
+    "npo_nll": NPONLL,
     "orpo": ORPO,
     "padll": PADLL,
     "pfl": PFL,
     "plackett_luce": PlackettLuce,
+    "pmpo": PMPO,
     "prob_sft": ProbSFT,
     "prob_sft_threshold": ProbSFTThreshold,
     "ranklist": RankList,
     "rdpo": RDPO,
     "redi": REDI,
     "refa": REFA,
+    "rpo_contrast": RPOContrast,
+    "rpo_contrast_unpaired": RPOContrastUnpaired,
+    "rpo_diagonal": RPODiagonal,
     "rpo_sft": RPOSft,
+    "selm": SELM,
     "sem_dpo": SemDPO,
     "sft": SFT,
     "simpo": SimPO,
@@ -128,6 +159,7 @@ HEADS: dict[str, type[Head]] = {
     "sparsepo": SparsePO,
     "spo_degree": SPODegree,
     "sppo_hard": SPPOHard,
+    "sspo": SSPO,
     "tdpo1": TDPO1,
     "tdpo2": TDPO2,
     "topr": TOPR,
