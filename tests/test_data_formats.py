@@ -14,6 +14,7 @@ from po.data.formats import check_columns, convert
 from po.data.read import Record
 from po.data.rows import Row
 from po.data.sources import open_sources
+from po.data.wanted import Wanted
 from po.errors import UserError
 from po.spec import Source
 
@@ -261,14 +262,15 @@ def test_columns_are_mapped_and_checked() -> None:
 
 def test_every_example_of_the_manual_is_read() -> None:
     manual = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    every = Wanted(("consistency",), True, True, True, True, True)
     kinds = []
     for block in re.findall(r"```jsonc\n(.*?)```", manual, re.DOTALL):
         left = re.sub(r"\s//[^\n]*", "", block).strip()
         while left:
             data, end = json.JSONDecoder().raw_decode(left)
             left = left[end:].strip()
-            kinds.append(row(data, rank_order="lower_is_better").kind)
-    assert {k: kinds.count(k) for k in kinds} == {"pair": 9, "set": 6, "unpaired": 2, "demonstration": 2}
+            kinds.append(row(data, every, rank_order="lower_is_better").kind)
+    assert {k: kinds.count(k) for k in kinds} == {"pair": 10, "set": 7, "unpaired": 7, "demonstration": 2}
 
 
 @pytest.mark.skipif(not ALPACA.exists(), reason="needs ../shared/data")
