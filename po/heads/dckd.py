@@ -40,10 +40,8 @@ class DCKD(Head):
     rejected: Annotated[float, Ge(0)] = 1.0
 
     def __call__(self, x: HeadInput) -> HeadOutput:
-        stored_TM = x.teacher_TM.isfinite()
-        teacher_TM = torch.where(stored_TM, x.teacher_TM, 0)
-        p_TM = torch.where(stored_TM, teacher_TM.exp(), 0)
-        gap_TM = teacher_TM - torch.where(stored_TM, x.candidate_TM, 0)
+        p_TM = x.teacher_TM.exp()
+        gap_TM = torch.where(x.teacher_TM.isfinite(), x.teacher_TM - x.candidate_TM, 0)
         kl_GK = x.seg.mean((p_TM * gap_TM).sum(-1))
         nll_G = -x.seg.mean(x.policy_T)[:, 0]
         loss_G = self.sft * nll_G + self.chosen * kl_GK[:, 0] + self.rejected * kl_GK[:, 1]
