@@ -154,7 +154,8 @@ def _whole(parameters: Iterable[nn.Parameter], change: bool = False) -> Abstract
     split = [p for p in parameters if hasattr(p, "ds_id")]
     if not split:
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    gathered: AbstractContextManager[Any] = GatheredParameters(split, modifier_rank=0 if change else None)
+    rank = 0 if change else None  # whose values count afterwards
+    gathered: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(split, modifier_rank=rank)
     return gathered

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,12 +24,22 @@ from po.data.rows import Example, Item
 from po.errors import NumericsError, UserError
 from po.heads import HEADS
 from po.logp_store import LogpStore, response_key
-from po.logprob import score
+from po.logprob import Want, score
 from po.policy import load_frozen, load_policy
 from po.ref_cache import RefCache, compute_dtype, tolerance
-from po.reference import AdapterOff, Cached, Frozen, build_reference, cache_folder, check_start, identity
+from po.reference import (
+    AdapterOff,
+    Cached,
+    Frozen,
+    build_reference,
+    cache_folder,
+    check_live,
+    check_start,
+    identity,
+)
 from po.sharing import share as share_prefix
 from po.spec import DataSpec, LoraSpec, ModelSpec, Recipe, ReferenceSpec, Source, Term
+from po.types import Head, HeadInput, HeadOutput, Needs
 
 LORA = LoraSpec(r=4, alpha=8, target_modules=("q_proj", "v_proj"))
 
@@ -463,6 +474,77 @@ def test_a_reference_that_speaks_other_tokens_is_refused(models: dict[str, str],
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match=r"reference.from: .* has another vocabulary than the policy's tokenizer"):
         build_reference(recipe(ModelSpec(models["a"]), tmp_path, reference={"source": str(other)}), [rows(2)])
+
+
+# More than log-probs
+
+
+@dataclass(frozen=True)
+class ReadsKL(Head):
+    needs: ClassVar[Needs] = Needs(layout="pair", token_kl=True)
+
+    def __call__(self, x: HeadInput) -> HeadOutput:
+        return HeadOutput(x.seg.sum(x.token_kl_T).sum(-1))
+
+
+@dataclass(frozen=True)
+class ReadsRefHidden(ReadsKL):
+    needs: ClassVar[Needs] = Needs(layout="pair", hidden="ref")
+
+
+def live_more(model: ModelSpec, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """log-probs over the vocabulary (T, V) and hidden states (T, L, D) by one plain forward per response."""
+    net, logps, hidden = load_frozen(model), [], []
+    for example in groups.examples:
+        for response in example.response_ids:
+            ids = torch.tensor([[*example.prompt_ids, *response]])
+            with torch.no_grad():
+                out = net(input_ids=ids, output_hidden_states=True)
+            at = slice(-len(response) - 1, -1)
+            logps.append(out.logits[0, at].float().log_softmax(-1))
+            hidden.append(torch.stack(out.hidden_states, 2)[0, at])
+    return torch.cat(logps), torch.cat(hidden)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "adapter_off"])
+@pytest.mark.parametrize("head", [ReadsKL, ReadsRefHidden])
+def test_hidden_states_and_kl(models: dict[str, str], tmp_path: Path, kind: str, head: type[Head]) -> None:
+    """A head that reads these alone has a reference too. The adapter trains the LM head as well."""
+    lora = LoraSpec(r=4, target_modules=("q_proj",), modules_to_save=("lm_head",))
+    r, groups = (
+        recipe(ModelSpec(models["a"]), tmp_path, lora=lora, loss=(Term(head()),), reference={"kind": kind}),
+        rows(4),
+    )
+    reference, batch = build_reference(r, [groups]), batch_of(groups)
+    policy = load_policy(r.model, lora).train()
+    share(policy)
+    disturb(policy)
+    assert (reference.net is None) == (kind == "adapter_off")
+    found = reference.parts(policy, batch, hidden=True, kl=True)
+    ref_TV, hidden_TLD = live_more(r.model, groups)
+    torch.testing.assert_close(found.logp_T, live(r.model, groups), rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.hidden_TLD, hidden_TLD, rtol=0, atol=1e-5)
+    scores = score(policy, batch.stream, Want(kl_against=found.against))
+    policy.save_pretrained(tmp_path / "policy")
+    policy_TV, _ = live_more(ModelSpec(models["a"], adapter=str(tmp_path / "policy")), groups)
+    expected_T = (ref_TV.exp() * (ref_TV - policy_TV)).sum(-1)
+    assert expected_T.min() > 1e-3
+    torch.testing.assert_close(scores.token_kl_T, expected_T, rtol=0, atol=1e-5)
+    assert reference.parts(policy, batch)[1:] == (None, None)
+
+
+def test_a_cache_is_refused_where_a_head_reads_more(models: dict[str, str], tmp_path: Path) -> None:
+    for head, what in ((ReadsKL, "KL to the reference at every token"), (ReadsRefHidden, "hidden states of the ref")):
+        r = recipe(ModelSpec(models["a"]), tmp_path, loss=(Term(HEADS["dpo"]()), Term(head())))
+        expected = (
+            rf"^reference\.kind: the head {head.__name__} reads the {what}.* Use `kind: adapter_off` .*`kind: frozen`"
+        )
+        with pytest.raises(UserError, match=expected):
+            check_live(r.loss, r.reference)
+        with pytest.raises(UserError, match=expected):
+            build_reference(r, [rows(2)])
+        check_live(r.loss, replace(r.reference, kind="frozen"))
+    check_live((Term(HEADS["dpo"]()),), r.reference)
 
 
 # The self-check of step 0
