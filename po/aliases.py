@@ -139,18 +139,12 @@ _NO_8BIT = "po trains in 16 or 32 bits, or in 4 bits with `model.load_in_4bit`"
 # Names that ask for something else than po does. With an empty value (null, false, 0, []) they ask for nothing.
 REFUSED: dict[str, str] = {
     "load_in_8bit": _NO_8BIT,
-    "ld_alpha": "po has no length-desensitised head (LD-DPO); peers apply it to different sides (policy, or both)",
-    "f_divergence_type": "po has no f-divergence head; only reverse_kl, the default, is DPO",
-    "f_alpha_divergence_coef": "po has no f-divergence head",
-    "use_weighting": "po has no WPO head",
-    "discopop_tau": "po has no DiscoPOP head",
-    "simpo_gamma": "po has no SimPO head",
-    "gamma_beta_ratio": "po has no SimPO head",
-    "cpo_alpha": "po has no CPO or SimPO head",
-    "orpo_alpha": "po has no ORPO head",
-    "desirable_weight": "po has no KTO head",
-    "undesirable_weight": "po has no KTO head",
-    "pref_bco_weight": "po has no BCO head",
+    "ld_alpha": "write the head: `loss: {head: ld_dpo}`; peers apply it to different sides (policy, or both)",
+    "f_divergence_type": "write the head: `loss: {head: fdpo, divergence: js}`",
+    "f_alpha_divergence_coef": "write `loss: {head: fdpo, divergence: alpha}` with `alpha` 1 - TRL's coefficient",
+    "use_weighting": "write the head: `loss: {head: wpo}`",
+    "gamma_beta_ratio": "po's simpo takes the margin itself: gamma = gamma_beta_ratio * beta",
+    "pref_bco_weight": "the head 'bco' takes labelled responses, not pairs, so it is no term beside DPO",
     "sync_ref_model": _REFERENCE_STAYS,
     "ref_model_mixup_alpha": _REFERENCE_STAYS,
     "ref_model_sync_steps": _REFERENCE_STAYS,
@@ -183,6 +177,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "f_divergence_type": ("reverse_kl",),
     "f_alpha_divergence_coef": (0.5,),
     "discopop_tau": (0.05,),
+    "simpo_gamma": (0.5,),
+    "cpo_alpha": (1.0,),
     "ref_model_mixup_alpha": (0.6,),
     "ref_model_sync_steps": (512,),
     "router_aux_loss_coef": (0.001,),
@@ -208,6 +204,10 @@ _NCA = (
 )
 _SFT = "po averages over all tokens of the step; TRL averages the means of its micro-batches"
 
+_TOKENS = (
+    "its likelihood term averages each response over its tokens; TRL averages over a micro-batch's tokens"
+)
+
 LOSSES: dict[str, Loss] = {
     "sigmoid": Loss("dpo"),
     "dpo": Loss("dpo"),
@@ -216,6 +216,12 @@ LOSSES: dict[str, Loss] = {
     "apo_zero": Loss("apo_zero"),
     "apo_down": Loss("apo_down"),
     "sft": Loss("sft", differs=_SFT),
+    "robust": Loss("rdpo"),
+    "exo_pair": Loss("exo_pref"),
+    "sigmoid_norm": Loss("dpo_norm"),
+    "tpo-l": Loss("tpo_l", differs=_TOKENS),
+    "cpo": Loss("cpo", differs=_TOKENS),
+    "orpo": Loss("orpo", differs=_TOKENS),
 }
 
 # What people call a head's hyperparameter: (head, their name) -> ours.
@@ -224,6 +230,22 @@ HYPERPARAMETERS: dict[tuple[str, str], Move] = {
     ("infonca", "temperature_alpha"): Move(
         "alpha", lambda t: 1 / t, "alpha is the inverse of the authors' temperature"
     ),
+    ("rdpo", "label_smoothing"): Move("epsilon"),
+    ("exo_pref", "beta"): Move("beta_pi"),
+    ("exo_pref", "label_smoothing"): Move("epsilon"),
+    ("dpop", "dpop_lambda"): Move("lam"),
+    ("orpo", "beta"): Move("lam", None, "TRL calls ORPO's lambda beta"),
+    ("orpo", "orpo_alpha"): Move("lam"),
+    ("kto", "desirable_weight"): Move("lambda_d"),
+    ("kto", "undesirable_weight"): Move("lambda_u"),
+    ("apo_zero_unpaired", "desirable_weight"): Move("lambda_d"),
+    ("apo_zero_unpaired", "undesirable_weight"): Move("lambda_u"),
+    ("discopop", "discopop_tau"): Move("tau"),
+    ("simpo", "simpo_gamma"): Move("gamma"),
+    ("alphapo", "simpo_gamma"): Move("gamma"),
+    ("cpo", "cpo_alpha"): Move("alpha"),
+    ("tpo_triple", "tpo_alpha"): Move("alpha"),
+    ("tpo_l", "tpo_alpha"): Move("alpha"),
     ("nca", "temperature_alpha"): Move("alpha", lambda t: 1 / t, "alpha is the inverse of the authors' temperature"),
 }
 
@@ -239,6 +261,7 @@ LOSS_KEYS: dict[str, str] = {
     "dpo_beta": "beta",
     "label_smoothing": "label_smoothing",
     "dpo_label_smoothing": "label_smoothing",
+    **{name: name for _, name in HYPERPARAMETERS if name not in ("beta", "label_smoothing")},
     "pref_ftx": "sft",
     "rpo_alpha": "sft",
 }

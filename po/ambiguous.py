@@ -34,7 +34,7 @@ AMBIGUOUS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "mpo": (
         ("mpo_multi", "Multi-Preference Optimization (SWEPO), arXiv:2412.04628"),
-        ("dpo 0.8, bco_pair 0.2 and sft 1.0 as three terms", "Mixed Preference Optimization of multimodal models"),
+        ("", "Mixed Preference Optimization (DPO, paired BCO and SFT in one sum)"),
     ),
     "r_dpo": (
         ("rdpo", "robust DPO, Chowdhury et al. 2024"),

@@ -8,12 +8,20 @@ from pathlib import Path
 import pytest
 
 from po.errors import UserError
+from po.heads.discopop import DiscoPOP
 from po.heads.dpo import DPO
+from po.heads.dpo_norm import DPONorm
+from po.heads.exo_pref import EXOPref
 from po.heads.ipo import IPO
+from po.heads.kto import KTO
 from po.heads.nca import NCA
+from po.heads.orpo import ORPO
+from po.heads.rdpo import RDPO
 from po.heads.sft import SFT
+from po.heads.simpo import SimPO
 from po.recipe import load
 from po.spec import LoraSpec, Source, Term
+from po.types import Head
 
 BASE = "model: m\ndata: pairs.jsonl\noutput_dir: runs/x\n"
 
@@ -220,6 +228,23 @@ def test_wandb_project_switches_the_tracker_on(tmp_path: Path) -> None:
     assert notes == ["wandb_project: translated to train.report_to: [wandb]; set the project with WANDB_PROJECT=x"]
 
 
+@pytest.mark.parametrize(
+    ("text", "head"),
+    [
+        ("loss_type: robust\nlabel_smoothing: 0.2", RDPO(epsilon=0.2)),
+        ("loss_type: simpo\nbeta: 2.5\nsimpo_gamma: 1.2\ncpo_alpha: 0.0", SimPO(beta=2.5, gamma=1.2)),
+        ("loss_type: orpo\nbeta: 0.3", ORPO(lam=0.3)),
+        ("loss_type: kto\ndesirable_weight: 1.33\nundesirable_weight: 1.0", KTO(lambda_d=1.33)),
+        ("loss_type: exo_pair\nbeta: 0.2\nlabel_smoothing: 0.01", EXOPref(beta_pi=0.2, epsilon=0.01)),
+        ("loss_type: discopop\nbeta: 0.05\ndiscopop_tau: 0.1", DiscoPOP(beta=0.05, tau=0.1)),
+        ("loss_type: sigmoid_norm\nbeta: 5", DPONorm(beta=5.0)),
+    ],
+)
+def test_flat_losses_of_peers(tmp_path: Path, text: str, head: Head) -> None:
+    recipe, _ = load(write(tmp_path, BASE + text + "\n"))
+    assert recipe.loss == (Term(head),)
+
+
 def test_heads_behind_peers_names(tmp_path: Path) -> None:
     text = BASE + "loss: [{type: nca_pair, beta: 0.05}, {name: ipo, beta: 0.2}]\n"
     recipe, _ = load(write(tmp_path, text))
@@ -229,7 +254,7 @@ def test_heads_behind_peers_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("loss_type: hinge", "loss[0].head (given as loss_type: 'hinge'): no head is called 'hinge'."),
+        ("loss_type: hunge", "loss[0].head (given as loss_type: 'hunge'): no head is called 'hunge'."),
         (
             "loss_type: dpo\nloss: dpo",
             "loss_type: is another name of `loss`, which the recipe gives as well; keep one of them.",
@@ -245,13 +270,13 @@ def test_heads_behind_peers_names(tmp_path: Path) -> None:
         ),
         (
             "loss: dpo\nld_alpha: 0.5",
-            "ld_alpha: cannot be translated: po has no length-desensitised head (LD-DPO); peers apply",
+            "ld_alpha: cannot be translated: write the head: `loss: {head: ld_dpo}`; peers apply",
         ),
         (
             "loss: dpo\nload_in_8bit: true",
             "load_in_8bit: cannot be translated: po trains in 16 or 32 bits, or in 4 bits with",
         ),
-        ("loss: dpo\nf_divergence_type: js", "f_divergence_type: cannot be translated: po has no f-divergence head"),
+        ("loss: dpo\nf_divergence_type: js", "f_divergence_type: cannot be translated: write the head: `loss: {head: fdpo, divergence: js}`."),
         (
             "loss: dpo\nsync_ref_model: true",
             "sync_ref_model: cannot be translated: po's reference does not move during a run.",

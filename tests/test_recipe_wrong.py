@@ -38,7 +38,7 @@ WRONG = [
         "recipe.yaml: loss[0].bta: head 'dpo' has no such hyperparameter. Did you mean 'beta'? It has: beta, label_"
         "smoothing, weight.",
     ),
-    ({"loss": "[dpo, {head: dpoo}]"}, "loss[1].head: no head is called 'dpoo'. Did you mean 'dpo'? Heads: apo_down,"),
+    ({"loss": "[dpo, {head: dpoo}]"}, "loss[1].head: no head is called 'dpoo'. Did you mean 'dpo'? Heads: a_lol,"),
     (
         {"train": "{lerning_rate: 1}"},
         "train.lerning_rate: transformers.TrainingArguments has no such field. Did you mean 'learning_rate'?",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from po.aliases import HYPERPARAMETERS, LOSSES, SMOOTHING
+from po.aliases import HARMLESS, HYPERPARAMETERS, LOSSES, SMOOTHING
 from po.heads import HEADS
 from po.recipe.fields import shown
 from po.recipe.report import Report
@@ -79,9 +79,8 @@ def flat(tree: Tree, said: Mapping[str, tuple[str, Any]], report: Report) -> Non
         report.note("loss: the recipe names none; peers' default, po's head 'dpo', is taken")
     if "weights" in said:
         _weights(tree["loss"], *said["weights"], report)
-    for name in ("beta", "label_smoothing"):
-        if name in said:
-            spread(tree["loss"], name, *said[name], report)
+    for name in said.keys() - {"type", "weights", "sft"}:
+        spread(tree["loss"], name, *said[name], report)
     if "sft" in said and said["sft"][1] not in OFF:
         key, weight = said["sft"]
         tree["loss"].append({"head": "sft", "weight": weight})
@@ -123,5 +122,6 @@ def spread(terms: list[Any], name: str, key: str, value: Any, report: Report, re
         report.origin["loss", i, own] = f"given as {key}"
         smooths = own == "label_smoothing" and value not in OFF
         report.note(f"{key}: translated to loss[{i}].{own}: {shown(value)}" + (f". {SMOOTHING}" if smooths else ""))
-    if not taken and not (name == "label_smoothing" and value in OFF):
+    silent = () if name == "beta" else (*OFF, *HARMLESS.get(key, ()))
+    if not taken and value not in silent:
         report.wrong((key,), f"no head of the recipe ({', '.join(map(str, heads))}) has a hyperparameter {name!r}.")

@@ -35,7 +35,7 @@ def apply(tree: Tree, word: str, report: Report) -> None:
 
 def _flat(tree: Tree, key: str, value: Any, report: Report) -> None:
     """A peer's flat name: translated on its own, then laid over the tree."""
-    if LOSS_KEYS.get(key) in ("beta", "label_smoothing") and tree.get("loss"):
+    if LOSS_KEYS.get(key) not in (None, "type", "weights", "sft") and tree.get("loss"):
         spread(tree["loss"], LOSS_KEYS[key], key, value, report, replace=True)
         return
     alone = Report("command line")
