@@ -154,12 +154,13 @@ def test_exact_against_the_policy_with_its_adapter_off(family: str, head: str, m
         compare(model, score(model, FOREST, everything(adapter_off(model))), logits_TV, ref_TV)
 
 
-def test_exact_with_the_adapter_elsewhere():
-    model = lora(made("llama", "frozen"), target_modules=["q_proj", "down_proj"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi", "cohere"])
+def test_exact_with_the_adapter_elsewhere(family: str):
+    model = lora(made(family, "frozen"), target_modules=["q_proj", "v_proj"])
     with Float64():
-        logits_TV, _ = logits_of(model, "llama")
+        logits_TV, _ = logits_of(model, family)
         with torch.no_grad(), model.disable_adapter():
-            ref_TV, _ = logits_of(model, "llama")
+            ref_TV, _ = logits_of(model, family)
         shared(model)
         compare(model, score(model, FOREST, everything(adapter_off(model))), logits_TV, ref_TV)
 

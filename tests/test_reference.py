@@ -488,8 +488,11 @@ class ReadsKL(Head):
 
 
 @dataclass(frozen=True)
-class ReadsRefHidden(ReadsKL):
+class ReadsRefHidden(Head):
     needs: ClassVar[Needs] = Needs(layout="pair", hidden="ref")
+
+    def __call__(self, x: HeadInput) -> HeadOutput:
+        return HeadOutput(x.seg.sum(x.gate_T("gate")).sum(-1))
 
 
 def live_more(model: ModelSpec, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
@@ -511,10 +514,8 @@ def live_more(model: ModelSpec, groups: Groups) -> tuple[torch.Tensor, torch.Ten
 def test_hidden_states_and_kl(models: dict[str, str], tmp_path: Path, kind: str, head: type[Head]) -> None:
     """A head that reads these alone has a reference too. The adapter trains the LM head as well."""
     lora = LoraSpec(r=4, target_modules=("q_proj",), modules_to_save=("lm_head",))
-    r, groups = (
-        recipe(ModelSpec(models["a"]), tmp_path, lora=lora, loss=(Term(head()),), reference={"kind": kind}),
-        rows(4),
-    )
+    r = recipe(ModelSpec(models["a"]), tmp_path, lora=lora, loss=(Term(head()),), reference={"kind": kind})
+    groups = rows(4)
     reference, batch = build_reference(r, [groups]), batch_of(groups)
     policy = load_policy(r.model, lora).train()
     share(policy)
