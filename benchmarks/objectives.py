@@ -1,8 +1,8 @@
 """Every head on the sandbox: the frontier of true reward against KL to the reference, as a table and a plot.
 
-    python benchmarks/objectives.py                               # all heads, 3 betas, 3 seeds; goes on where it stopped
-    python benchmarks/objectives.py --heads dpo,nca --betas 0.1 --seeds 1          # a quick look
-    python benchmarks/objectives.py --draw                        # table and plot from the runs that are there
+    python benchmarks/objectives.py                      # all heads, 3 betas, 3 seeds; goes on where it stopped
+    python benchmarks/objectives.py --heads dpo,nca --betas 0.1 --seeds 1 # a quick look
+    python benchmarks/objectives.py --draw               # table and plot from the runs that are there
 
 Needs `pip install -e .[bench]` for the plot. Each run is po's own road: a recipe, po.run.build, POTrainer, LoRA on the
 sandbox's base model, 8 questions a step, with rows that are made from its scored answers (harness/derive.py says how).
@@ -29,6 +29,7 @@ from harness.plan import Spec, specs, unfed
 from harness.runs import Training, environment, fit, measure
 from harness.table import frontier, markdown
 from harness.world import World, open_world
+
 from po.errors import POError
 from po.heads import HEADS
 
@@ -80,12 +81,17 @@ def _carry_out(plan: Sequence[Spec], runs: Path, world: World, args: argparse.Na
     todo = [s for s in plan if s.key(world.key) not in done]
     print(f"{len(plan)} runs, {len(plan) - len(todo)} of them done before; in {runs}", flush=True)
     start = time.perf_counter()
+    if runs.is_file() and not runs.read_bytes().endswith(b"\n"):  # the last line was cut off
+        with open(runs, "a", encoding="utf-8") as file:
+            file.write("\n")
     for n, found in enumerate(_results(todo, world, args), 1):
         with open(runs, "a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
         left = (time.perf_counter() - start) / n * (len(todo) - n)
         said = found.get("error") or f"reward {found['reward']:.3f}  KL {found['kl']:.2f}  {found['seconds']:.0f} s"
-        print(f"{n}/{len(todo)} {found['head']} {found['beta']:g} #{found['seed']}: {said}; {left:.0f} s left", flush=True)
+        print(
+            f"{n}/{len(todo)} {found['head']} {found['beta']:g} #{found['seed']}: {said}; {left:.0f} s left", flush=True
+        )
 
 
 def _results(todo: Sequence[Spec], world: World, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

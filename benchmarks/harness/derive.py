@@ -103,10 +103,9 @@ def derive(world: World, kind: str, path: Path, rows: Sequence[Row], teacher: An
     """Write the rows of a kind, once. teacher: the model behind `taught`."""
     if not path.is_file():
         fill = columns(rows)
-        told = [_row(world, kind, i, row, teacher) for i, row in enumerate(rows) if len(set(rewards(row))) > 1]
-        for i, row in enumerate(told):
-            row |= {name: float(of(i, rows[row["at"]])) for name, of in fill.items()}
-        write(path, [{k: v for k, v in row.items() if k != "at"} for row in told])
+        known = [(i, row) for i, row in enumerate(rows) if len(set(rewards(row))) > 1]
+        named = [{name: float(of(i, row)) for name, of in fill.items()} for i, row in known]
+        write(path, [_row(world, kind, i, row, teacher) | more for (i, row), more in zip(known, named)])
     return path
 
 
@@ -136,7 +135,7 @@ def _row(world: World, kind: str, i: int, row: Row, teacher: Any) -> dict[str, A
         answers = [{**a, "logps": _token_logps(world, world.encode(row["prompt"], a["content"]))} for a in answers]
     elif kind == "taught":
         answers = [{**a, "teacher": _teach(world, teacher, world.encode(row["prompt"], a["content"]))} for a in answers]
-    return {**row, "at": i, "responses": answers, "prompt_embedding": embed_prompt(row)}
+    return {**row, "responses": answers, "prompt_embedding": embed_prompt(row)}
 
 
 def strike(text: str, quarters: int) -> str:

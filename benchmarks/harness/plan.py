@@ -33,7 +33,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
     ),
     "Pairs: discovered losses": ("discopop", "dbaql", "aql", "aqfl", "padll", "cell", "pfl"),
     "Token level": ("tdpo1", "tdpo2", "sparsepo", "mapo", "bmc"),
-    "Without a reference": ("simpo", "alphapo", "orpo", "cpo", "slic", "tpo", "tpo_l", "redi"),
+    "Without a reference": ("simpo", "alphapo", "orpo", "cpo", "slic", "tpo_triple", "tpo_l", "redi"),
     "Distillation": ("dckd", "adpa"),
     "Sets": (
         *("infonca", "nca", "mpo_multi", "ampo", "refa", "plackett_luce", "ranklist", "irpo_incontext", "exo_rw"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,19 +62,20 @@ def _panel(axis: Any, title: str, points: Sequence[Point], base: float) -> None:
         axis.plot(*_xy(line), color="0.87", linewidth=0.8, marker="o", markersize=2, zorder=1)
     dpo = curves(points).get("dpo")
     if dpo:
-        axis.plot(*_xy(dpo), color="black", linewidth=1.6, marker="o", markersize=4, label="dpo", zorder=4)
+        _curve(axis, dpo, "dpo", color="black", marker="o", zorder=2)
     own = [(h, line) for h, line in curves([p for p in points if p.family == title]).items() if h != "dpo"]
     for i, (head, line) in enumerate(own):
-        color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
-        x, y = _xy(line)
-        half = [0.0 if p.reward.half != p.reward.half else p.reward.half for p in line]
-        style = {"color": color, "linewidth": 1.5, "marker": marker, "markersize": 5, "zorder": 3}
-        axis.errorbar(x, y, yerr=half, elinewidth=0.9, capsize=2, label=head, **style)
+        _curve(axis, line, head, color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], zorder=3)
     axis.set_title(title, fontsize=11, loc="left", fontweight="bold")
     axis.grid(color="0.94", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, frameon=False, loc="lower left", handlelength=1.6, labelspacing=0.25)
+
+
+def _curve(axis: Any, line: Sequence[Point], name: str, **style: Any) -> None:
+    half = [0.0 if math.isnan(p.reward.half) else p.reward.half for p in line]
+    axis.errorbar(*_xy(line), yerr=half, elinewidth=0.9, capsize=2, linewidth=1.5, markersize=5, label=name, **style)
 
 
 def _xy(line: Sequence[Point]) -> tuple[list[float], list[float]]:

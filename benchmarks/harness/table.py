@@ -60,9 +60,9 @@ def markdown(
 ) -> str:
     """The report: a table per family, then what failed and what was left out."""
     out = [
-        f"The base model earns {base['reward']:.3f} on these questions. KL in nats per answer. best, worst: how far the",
-        "log-prob of the base's best and worst answers to other held-out questions moved, in nats per answer. Intervals:",
-        "95 %, t over seeds (one seed: over questions).",
+        f"The base model earns {base['reward']:.3f} on these questions. KL in nats per answer. best, worst: how far",
+        "the log-prob of the base's best and worst answers to other held-out questions moved, in nats per answer.",
+        "Intervals: 95 %, t over seeds (one seed: over questions).",
     ]
     for title in dict.fromkeys(p.family for p in points):
         out += ["", f"**{title}**", "", "| head | strength | reward | KL | exactly right | tokens | best | worst |"]

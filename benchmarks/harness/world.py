@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from po.sandbox import Size, build, reward, sample
+from po.sandbox import Pretraining, Sandbox, Size, build, reward, sample
 from po.sandbox.sampling import Conversation, Sample
 from po.sandbox.store import find
 
@@ -76,13 +76,22 @@ class World:
         ]
 
 
-def open_world(folder: Path, size: Size | None = None, **sizes: int) -> World:
-    """The default sandbox in a folder, built there (two minutes) where it is not yet."""
-    size = size or Size()
-    if find(folder, 0, size) is None:
+def open_world(folder: Path) -> World:
+    """The sandbox in a folder, of any size; where there is none, the default one is built (two minutes)."""
+    found = _there(folder)
+    if found is None:
         print(f"building the sandbox in {folder}: about two minutes on 2 cores", flush=True)
-    found = build(folder, 0, size)
-    return World(found.folder, found.key, **sizes)
+        found = build(folder)
+    return World(found.folder, found.key)
+
+
+def _there(folder: Path) -> Sandbox | None:
+    try:
+        said = json.loads((folder / "sandbox.json").read_text("utf-8"))
+        size = Size(**{**said["size"], "pretraining": Pretraining(**said["size"]["pretraining"])})
+        return find(folder, said["seed"], size)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _read(path: Path) -> list[Row]:
