@@ -13,9 +13,9 @@ Pins the level: yes; for a fitted V the optimum is u = (R - V) / t.
 Limits: standardise the rewards, since V starts at 0 and has to learn their mean. Takes the responses of a set one at a
     time; a set of equal rewards teaches V alone. Rows with a single scored response are not accepted yet.
 Departures: V reads the policy's hidden states instead of being a network of its own, and its gradient stops there, so
-    that it does not train the policy. It has an optimizer group, and with it a learning rate, of its own.
-Unverified: the formula is that of secondary sources. There the policy's update is also divided by tau; where the paper
-    does so is not known, and here only the learning rate can.
+    that it does not train the policy. Its learning rate is the policy's.
+Unverified: the formula is that of secondary sources. There the policy's update is also divided by tau, and the value
+    has a learning rate of its own; where the paper divides is not known.
 Verified: closed form with respect to policy and value (no public code was executed); the optimum has no gradient.
 """
 
