@@ -204,9 +204,7 @@ _NCA = (
 )
 _SFT = "po averages over all tokens of the step; TRL averages the means of its micro-batches"
 
-_TOKENS = (
-    "its likelihood term averages each response over its tokens; TRL averages over a micro-batch's tokens"
-)
+_TOKENS = "its likelihood term averages each response over its tokens; TRL averages over a micro-batch's tokens"
 
 LOSSES: dict[str, Loss] = {
     "sigmoid": Loss("dpo"),

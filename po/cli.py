@@ -28,7 +28,7 @@ OVERRIDES = """A recipe's values can be changed behind it, the last word wins:
   po %(command)s recipe.yaml train.learning_rate=1e-5 loss.0.beta=0.2
   po %(command)s recipe.yaml --train.learning_rate 1e-5 --beta=0.2
 """
-COMMANDS = ("train", "check", "heads", "export")
+COMMANDS = ("train", "check", "heads", "export", "likra")
 _FLAGS = {"check": {"--json", "--schema", "-h", "--help"}, "train": {"-h", "--help"}}
 
 
@@ -91,6 +91,10 @@ def _parsers() -> tuple[argparse.ArgumentParser, Any]:
     export.add_argument("--out", type=Path, help="where to write (default: in the run's folder)")
     export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the merged weights")
     export.add_argument("--eval", metavar="FILE", help="rows on which the drift of log-probs is measured")
+    likra = command("likra", "score multiple-choice rows by the likelihood ratio of two adapters")
+    likra.add_argument("positive", type=Path, help="the run trained on right answers")
+    likra.add_argument("negative", type=Path, help="the run trained on wrong answers")
+    likra.add_argument("rows", help="questions with their answers; the right one has the top reward, or is `chosen`")
     return top, commands
 
 
@@ -141,6 +145,7 @@ def _run(words: list[str]) -> None:
         "check": _check,
         "heads": _heads,
         "export": _export,
+        "likra": _likra,
     }
     commands[args.command](args, overrides)
 
@@ -196,6 +201,14 @@ def _export(args: argparse.Namespace, overrides: list[str]) -> None:
 
     quiet()
     print(export_run(args.run, args.out, args.merged, args.dtype, args.eval))
+
+
+def _likra(args: argparse.Namespace, overrides: list[str]) -> None:
+    from po.likra import evaluate
+    from po.process import quiet
+
+    quiet()
+    print(evaluate(args.positive, args.negative, args.rows).table())
 
 
 if __name__ == "__main__":

@@ -47,16 +47,24 @@ class Coupled:
         self._terms, self._device, self._splits = terms, device, splits
         self._forward, self._record = forward, record
         self.states: list[State] = [moved(t.head.state(rows), device) for t in terms]
-        self._step: Sequence[Batch] = ()
+        self._step: list[Batch] = []
         self._ahead: list[tuple[Share, Batch, _Random]] = []
 
-    def begin(self, batches: Sequence[Batch]) -> None:
-        """The micro-batches of the next optimizer step."""
-        self._step, self._ahead = batches, []
+    def begin(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The micro-batches of the next optimizer step; returned as what is to be trained."""
+        self._step, self._ahead = self.even(batches), []
+        return self._step
+
+    def even(self, batches: Sequence[Batch]) -> list[Batch]:
+        """The same with as many pieces on every rank: ZeRO-3's forwards talk to each other."""
+        if not self._splits:
+            return list(batches)
+        most = [max(n) for n in zip(*gather([len(b.pieces) for b in batches]), strict=True)]
+        return [_with_pieces(b, n) for b, n in zip(batches, most, strict=True)]
 
     def losses(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, list[Backward]]:
         """What the heads saw of this micro-batch, and its share of the step's loss (times the ranks) as a sum of parts,
-        each with a forward of its own. Every rank gets as many parts."""
+        each with a forward of its own."""
         if len(self._step) == 1 and not self._splits:
             seen = self._forward(model, batch)
             (share,) = self._take([seen], counts)
@@ -67,21 +75,15 @@ class Coupled:
         pull = replace(share, grad={name: _everywhere(g, batch) for name, g in share.grad.items()}, value=0)
         pieces = batch.pieces or (None,)
         parts: list[Backward] = [partial(self._part, model, batch, p, pull) for p in pieces]
-        parts += [partial(self._idle, model, batch, pieces[-1])] * (self._most(len(parts)) - len(parts))
         return share.x, [*parts[:-1], lambda: parts[-1]() + share.value]  # the last one is what the trainer logs
 
     def _part(self, model: nn.Module, batch: Batch, piece: Piece | None, share: Share) -> Tensor:
         """A piece's part of a micro-batch's share; `share` in the order of the whole stream."""
         scores = self._forward.piece(model, batch, piece)
-        cut = share if piece is None else replace(share, grad={k: g[piece.index_T] for k, g in share.grad.items()})
-        return cut.loss(_signals(scores), ranks())
-
-    def _idle(self, model: nn.Module, batch: Batch, piece: Piece | None) -> Tensor:
-        """Nothing, but with the collectives of a forward and backward pass: another rank has more pieces."""
-        return self._forward.piece(model, batch, piece).logp_T.sum() * 0
-
-    def _most(self, parts: int) -> int:
-        return max(gather(parts)) if self._splits else parts
+        if piece is not None:
+            cut = {k: g[piece.index_T] * (not piece.idle) for k, g in share.grad.items()}
+            share = replace(share, grad=cut)
+        return share.loss(_signals(scores), ranks())
 
     @torch.no_grad()
     def _look_ahead(self, model: nn.Module, counts: Mapping[Scope, float]) -> list[tuple[Share, Batch, _Random]]:
@@ -121,6 +123,14 @@ class Coupled:
         if any(self.states):
             flat = load_file(folder / _FILE)
             self.states = [{k: flat[f"{i}.{k}"].to(self._device) for k in s} for i, s in enumerate(self.states)]
+
+
+def _with_pieces(batch: Batch, n: int) -> Batch:
+    """The batch in n pieces, idle ones behind; n = 0: whole, as it is."""
+    if n == 0:
+        return batch
+    own = batch.pieces or (Piece(batch.stream, torch.arange(batch.stream.target_T.numel())),)
+    return replace(batch, pieces=own + (replace(own[-1], idle=True),) * (n - len(own)))
 
 
 def _everywhere(grad: Tensor, batch: Batch) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from po.checkpoint import checkpoints, why_broken
 from po.data.prepare import prepare
 from po.data.rows import Example
+from po.data.wanted import wanted
 from po.errors import UserError
 from po.policy import tokenizer_key
 from po.recipe import load as load_recipe
@@ -66,7 +67,7 @@ def held_out(run: Run, tokenizer: Any, eval_path: str | None) -> list[Example]:
     spec = run.recipe.data
     sources = (Source(eval_path),) if eval_path else spec.eval or spec.train
     few = tuple(replace(s, limit=min(s.limit or _ROWS, _ROWS)) for s in sources)
-    examples = prepare(spec, few, tokenizer, tokenizer_key(tokenizer), "export").examples
+    examples = prepare(spec, few, tokenizer, tokenizer_key(tokenizer), "export", wanted(run.recipe.loss)).examples
     if len(examples) == 0:
         raise UserError(f"{sources[0].path}: has no rows to compare log-probs on; give some with --eval FILE")
     return [examples[i] for i in range(min(_ROWS, len(examples)))]

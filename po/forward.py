@@ -43,7 +43,7 @@ class Forward:
         if batch.pieces:
             assert not torch.is_grad_enabled(), "a batch in pieces is trained piece by piece"
             found = [self._score(model, batch, p) for p in batch.pieces]
-            T = sum(p.index_T.numel() for p in batch.pieces)
+            T = batch.stream.target_T.numel()
             scores: Scores = _together([s for s, _ in found], batch.pieces, T)
             ref_T = _together([r for _, r in found], batch.pieces, T)
         else:

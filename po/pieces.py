@@ -24,6 +24,9 @@ class Piece:
 
     stream: Forest | Padded
     index_T: Tensor
+    idle: bool = (
+        False  # stands in for the piece that another rank has here: its collectives run, its numbers do not count
+    )
 
 
 def split(

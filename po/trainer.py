@@ -130,7 +130,7 @@ class POTrainer(Trainer):
         counts = dict(zip(self._scopes(), self.accelerator.reduce(total, "sum").tolist(), strict=True))
         self.speed.count([b.stream for b in batches])
         if self.coupled is not None:
-            self.coupled.begin(batches)
+            batches = self.coupled.begin(batches)
         return batches, counts
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
@@ -194,7 +194,8 @@ class POTrainer(Trainer):
                 seen = self.forward(model, batch)
                 ref_T = seen.batch.ref_T
                 assert ref_T is not None
-                gap = check_start(seen.logp_T, ref_T, batch, _autocast(self.args) or compute_dtype(model))
+                dtype = _autocast(self.args) or compute_dtype(model)
+                gap = check_start(batch.own(seen.logp_T), batch.own(ref_T), batch, dtype)
                 self.meter.add("init/ref_gap", torch.tensor([gap], device=ref_T.device))
         finally:
             model.train(training)
@@ -225,11 +226,12 @@ class POTrainer(Trainer):
     def _go_through(self, model: nn.Module, rows: Groups) -> None:
         counts = dict.fromkeys(self._scopes(), 1.0)
         seen = []
-        for batch in map(self._prepare_inputs, self.get_eval_dataloader(rows)):
+        for batch in self.get_eval_dataloader(rows):
             if self.coupled is None:
-                self._apart(model, batch, counts)
+                self._apart(model, self._prepare_inputs(batch), counts)
             else:
-                seen.append(self.forward(model, batch))
+                (evened,) = self.coupled.even([batch])
+                seen.append(self.forward(model, self._prepare_inputs(evened)))
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         if self.coupled is not None:
             self.coupled.evaluate(seen, counts, len(rows.examples))

@@ -111,7 +111,7 @@ class HeadInput:
     @property
     def teacher_ref_TM(self) -> Tensor:
         """The log-probs of those tokens under the teacher's own reference. (T, M)"""
-        return _given(self.teacher_ref, "teacher_ref_TM", "teacher=True")
+        return _given(self.teacher_ref, "teacher_ref_TM", "teacher_ref=True")
 
     @property
     def reward_GK(self) -> Tensor:
@@ -206,6 +206,7 @@ class Needs:
     collision: bool = False  # log sum_v pi(v)^2 per token
     differs: bool = False  # which tokens of a pair were edited
     teacher: bool = False  # a teacher's log-probs of its likeliest tokens, stored with the rows
+    teacher_ref: bool = False  # and those of the same tokens under the teacher's own reference
     embedding: bool = False
     prompt_embedding: bool = False
     mismatch: bool = False  # another row's response after this prompt

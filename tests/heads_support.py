@@ -52,7 +52,8 @@ def random_input(
 ) -> HeadInput:
     """Random float64 inputs with what the head (or bare Needs) declares and nothing else. same: policy == reference.
 
-    Of labelled groups the first response is desirable and the second not, the others are anything.
+    The first of unpaired rows is desirable and the second not; so are the responses of labelled groups, the third and
+    fourth unlabelled.
     """
     needs = head if isinstance(head, Needs) else head.needs
     rng = torch.Generator().manual_seed(seed)
@@ -68,7 +69,9 @@ def random_input(
     sign_GK = torch.where(noise(G, K) > 0, 1, -1)
     if needs.layout == "labelled":
         sign_GK = (2 * noise(G, K)).round().clamp(-1, 1).long()
-        sign_GK[:, :2] = torch.tensor([1, -1])[:K]
+        sign_GK[:, :4] = torch.tensor([1, -1, 0, 0])[:K]
+    if needs.layout == "unpaired":
+        sign_GK[:2] = torch.tensor([[1], [-1]])[:G]
     x = HeadInput(
         seg=seg,
         policy_T=policy_T.requires_grad_(True),
@@ -81,13 +84,15 @@ def random_input(
     )
     if same and needs.token_kl:
         x = change(x, token_kl=torch.zeros(T, dtype=F64))
-    return with_further_input(x, needs, noise, head if isinstance(head, Head) else None)
+    x = with_further_input(x, needs, noise, head if isinstance(head, Head) else None)
+    return change(x, mismatch=torch.zeros(G, dtype=F64)) if same and needs.mismatch else x
 
 
 def with_further_input(x: HeadInput, needs: Needs, noise: Callable[..., Tensor], head: Head | None) -> HeadInput:
     """What few heads read."""
     T, G = x.seg.slot_T.numel(), x.seg.valid_GK.shape[0]
-    teacher = {n: noise(T, 3).log_softmax(-1) for n in ("candidate", "teacher", "teacher_ref")} if needs.teacher else {}
+    names = ("candidate", "teacher", *(["teacher_ref"] if needs.teacher_ref else [])) if needs.teacher else ()
+    teacher = {name: noise(T, 3).log_softmax(-1) for name in names}
     module = None if head is None else head.build(4, 3)
     gates = {} if module is None else in_float64(module, noise(T, 3, 4))
     return change(

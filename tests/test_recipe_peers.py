@@ -276,7 +276,10 @@ def test_heads_behind_peers_names(tmp_path: Path) -> None:
             "loss: dpo\nload_in_8bit: true",
             "load_in_8bit: cannot be translated: po trains in 16 or 32 bits, or in 4 bits with",
         ),
-        ("loss: dpo\nf_divergence_type: js", "f_divergence_type: cannot be translated: write the head: `loss: {head: fdpo, divergence: js}`."),
+        (
+            "loss: dpo\nf_divergence_type: js",
+            "f_divergence_type: cannot be translated: write the head: `loss: {head: fdpo, divergence: js}`.",
+        ),
         (
             "loss: dpo\nsync_ref_model: true",
             "sync_ref_model: cannot be translated: po's reference does not move during a run.",

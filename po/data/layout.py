@@ -174,6 +174,9 @@ def _wants(needs: Needs, layout: Layout) -> Iterator[tuple[Callable[[Example], b
     if needs.teacher:
         do = "Add teacher: {ids, logps} to them."
         yield lambda e: e.teacher_ids is None, "a teacher's log-probs of every response", do
+    if needs.teacher_ref:
+        what, do = "the log-probs of the teacher's own reference", "Add ref_logps to `teacher`."
+        yield lambda e: e.teacher_ref_logps is None, what, do
     for name in needs.columns:
         do = f"Add {name}: a number to the rows, or name their column in the source's `columns`."
         yield partial(_no_column, name), f"a number in column {name!r}", do

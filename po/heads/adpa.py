@@ -35,7 +35,7 @@ from po.types import Head, HeadInput, HeadOutput, Needs
 
 @dataclass(frozen=True)
 class ADPA(Head):
-    needs: ClassVar[Needs] = Needs(layout="pair", teacher=True)
+    needs: ClassVar[Needs] = Needs(layout="pair", teacher=True, teacher_ref=True)
 
     sft: Annotated[float, Ge(0)] = 1.0
     advantage: Annotated[float, Gt(0)] = 1.0
