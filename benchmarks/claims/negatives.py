@@ -20,7 +20,7 @@ def npo(lab: Lab, seeds: Sequence[int] = (0, 1, 2, 3)) -> Finding:
         "NPO's collapse is slower than gradient ascent's",
         "Zhang et al. 2024 (arXiv:2404.05868): unlearning by gradient ascent soon destroys the model; NPO forgets the "
         "same answers while it drifts far more slowly, the slower the larger beta.",
-        "The worst of four answers to 256 questions is to be forgotten, 16 a step, learning rate 2e-4 throughout. "
+        "The worst of four answers to 256 questions is to be forgotten, 16 a step, learning rate 5e-4 throughout. "
         "Log pi / ref in nats per answer after so many steps: of what is to be forgotten, and of the best answers to "
         "the same questions, which are to stay. Gradient ascent is NPO with beta 1e-4.",
         ("loss", *(f"step {t}: forgotten / kept" for t in AT)),
@@ -42,11 +42,8 @@ def npo(lab: Lab, seeds: Sequence[int] = (0, 1, 2, 3)) -> Finding:
     last = [[k[-1] for k in way] for way in (ascent, small, large)]
     finding.expect(f"kept answers after {AT[-1]} steps: NPO (0.1) above gradient ascent", minus(last[1], last[0]))
     finding.expect(f"kept answers after {AT[-1]} steps: NPO (0.5) above NPO (0.1)", minus(last[2], last[1]))
-    speed = [[(k[-1] - k[-2]) / (k[-2] - k[-3]) for k in way] for way in (ascent, small)]
-    finding.expect(
-        "loss from the third to the last time over that before: gradient ascent above NPO (0.1)",
-        minus(speed[0], speed[1]),
-    )
+    late = [[k[-1] - k[-2] for k in way] for way in (ascent, small)]
+    finding.expect(f"kept answers, steps {AT[-2]} to {AT[-1]}: NPO (0.1) loses less", minus(late[1], late[0]))
     return finding
 
 
@@ -66,7 +63,7 @@ def _trajectory(
         at,
         lambda step, plain: found.append(moves(lab, plain, rows[:96])),
         batch=16,
-        learning_rate=2e-4,
+        learning_rate=5e-4,
         train={"lr_scheduler_type": "constant"},
     )
     return found

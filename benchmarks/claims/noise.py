@@ -10,7 +10,7 @@ from harness.stats import interval
 
 from claims.lab import Finding, Lab, best_worst, distinct, minus, pair
 
-AT = (10, 20, 40, 80, 160)
+AT = (10, 20, 40, 80)
 
 
 def overoptimisation(lab: Lab, seeds: Sequence[int] = (0, 1, 2)) -> Finding:
@@ -19,7 +19,7 @@ def overoptimisation(lab: Lab, seeds: Sequence[int] = (0, 1, 2)) -> Finding:
         "Regularized PO resists over-optimisation longer than DPO",
         "Liu et al. 2024 (arXiv:2405.16436): with the likelihood of the better answers added (an adversarial "
         "regulariser), the policy does not drift to answers that the data says nothing about.",
-        "64 pairs (best and worst of four answers), 8 a step, constant learning rate 1e-3, beta 0.1, eta 1: 20 passes. "
+        "64 pairs (best and worst of four answers), 8 a step, constant learning rate 1e-3, beta 0.1, eta 1: 10 passes. "
         "True reward of answers to held-out questions, and KL to the reference, after so many steps.",
         ("loss", *(f"step {t}: reward (KL)" for t in AT)),
     )
@@ -53,40 +53,37 @@ def overoptimisation(lab: Lab, seeds: Sequence[int] = (0, 1, 2)) -> Finding:
     return finding
 
 
-def flipped(lab: Lab, seeds: Sequence[int] = (0, 1, 2, 3, 4, 5)) -> Finding:
+def flipped(lab: Lab, seeds: Sequence[int] = (0, 1, 2, 3, 4)) -> Finding:
     """A fifth of the pairs the wrong way round."""
     finding = Finding(
         "Robust variants win under 20 % flipped labels",
         "Chowdhury et al. 2024 (arXiv:2403.00409, rDPO) and Mitchell's conservative DPO: with labels that are wrong at "
         "a known rate, a loss that knows the rate beats DPO.",
-        "96 pairs (best and worst of four answers), 20 % of them swapped, 100 steps of 8: 8 passes; beta 0.1, epsilon "
+        "80 pairs (best and worst of four answers), 20 % of them swapped, 40 steps of 8: 4 passes; beta 0.3, epsilon "
         "0.2. True reward of answers to held-out questions.",
-        ("loss", "true reward", "KL", "with no label flipped: true reward"),
+        ("loss", "labels", "true reward", "KL"),
     )
-    rows = distinct(lab.world.train)[:96]
-    terms = {
-        "dpo": {"head": "dpo", "beta": 0.1},
-        "dpo, label_smoothing 0.2": {"head": "dpo", "beta": 0.1, "label_smoothing": 0.2},
-        "rdpo, epsilon 0.2": {"head": "rdpo", "beta": 0.1, "epsilon": 0.2},
+    rows = distinct(lab.world.train)[:80]
+    dpo = {"head": "dpo", "beta": 0.3}
+    runs = {
+        ("dpo", "all right"): (dpo, 0),
+        ("dpo", "20 % flipped"): (dpo, 5),
+        ("dpo, label_smoothing 0.2", "20 % flipped"): (dpo | {"label_smoothing": 0.2}, 5),
+        ("rdpo, epsilon 0.2", "20 % flipped"): ({"head": "rdpo", "beta": 0.3, "epsilon": 0.2}, 5),
     }
-    got: dict[str, list[float]] = {}
-    for name, term in terms.items():
-        noisy, clean = [], []
+    got: list[list[float]] = []
+    for (name, labels), (term, one_in) in runs.items():
+        found = []
         for seed in seeds:
-            wrong = set(random.Random(seed).sample(range(len(rows)), len(rows) // 5))
-            paths = [
-                lab.rows(f"flipped-{seed}", [pair(r, i in wrong) for i, r in enumerate(rows)]),
-                lab.rows("unflipped", [pair(r) for r in rows]),
-            ]
-            noisy.append(lab.score(lab.train(term, paths[0], seed, 100).plain, seed))
-            if seed in seeds[:1] and name == "dpo":
-                clean.append(lab.score(lab.train(term, paths[1], seed, 100).plain, seed))
-        got[name] = [n["reward"] for n in noisy]
-        without = f"{clean[0]['reward']:.3f} (one seed)" if clean else ""
-        finding.rows.append((name, interval(got[name]).text(), interval([n["kl"] for n in noisy]).text(2), without))
-    dpo, smooth, robust = got.values()
-    finding.expect("reward: DPO with label smoothing above DPO", minus(smooth, dpo))
-    finding.expect("reward: rDPO above DPO", minus(robust, dpo))
+            wrong = set(random.Random(seed).sample(range(len(rows)), len(rows) // one_in if one_in else 0))
+            path = lab.rows(f"flipped-{len(wrong)}-{seed}", [pair(r, i in wrong) for i, r in enumerate(rows)])
+            found.append(lab.score(lab.train(term, path, seed, 40).plain, seed))
+        got.append([f["reward"] for f in found])
+        finding.rows.append((name, labels, interval(got[-1]).text(), interval([f["kl"] for f in found]).text(2)))
+    clean, noisy, smooth, robust = got
+    finding.expect("reward: DPO on right labels above DPO on flipped ones", minus(clean, noisy))
+    finding.expect("reward: DPO with label smoothing above DPO", minus(smooth, noisy))
+    finding.expect("reward: rDPO above DPO", minus(robust, noisy))
     return finding
 
 

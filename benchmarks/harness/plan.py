@@ -14,13 +14,13 @@ from po.heads import HEADS
 from po.types import Head
 
 STRENGTHS = ("beta", "beta_pi", "tau")  # what a head may call the price of leaving the reference
-# What belongs to the scale of the rewards, which lie between 0 and 1 here.
+# What belongs to the scale of the rewards, which lie between 0 and 1 here, and to the length of the answers.
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "infonca": {"alpha": 10},
     "nca": {"alpha": 10},
     "mpo_multi": {"alpha": 5},
     "exo_rw": {"beta_r": 0.1},
-    "tpo_l": {"alpha": 0.1},
+    "rpo_sft": {"eta": 0.2},  # beta times the answer's tokens, 12 here, takes the place of 300
 }
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "Pairs: DPO and what its margin may be": (
@@ -32,9 +32,8 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         *("aot", "aot_unpaired"),
     ),
     "Pairs: discovered losses": ("discopop", "dbaql", "aql", "aqfl", "padll", "cell", "pfl"),
-    "Token level": ("tdpo1", "tdpo2", "sparsepo", "mapo", "bmc"),
+    "Token level, distillation": ("tdpo1", "tdpo2", "sparsepo", "mapo", "bmc", "dckd", "adpa"),
     "Without a reference": ("simpo", "alphapo", "orpo", "cpo", "slic", "tpo_triple", "tpo_l", "redi"),
-    "Distillation": ("dckd", "adpa"),
     "Sets": (
         *("infonca", "nca", "mpo_multi", "ampo", "refa", "plackett_luce", "ranklist", "irpo_incontext", "exo_rw"),
     ),
@@ -91,6 +90,8 @@ class Spec:
         kind = HEADS[self.head]
         name = strength(kind)
         own = {} if name is None else {name: round(self.beta * scale(kind, name), 6)}
+        if self.head == "d2o":  # its second strength, of the bad answer, goes along
+            own["alpha"] = own["beta"]
         return {"head": self.head, **OPTIONS.get(self.head, {}), **own}
 
     def rate(self) -> float:

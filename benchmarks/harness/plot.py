@@ -17,7 +17,8 @@ from harness.table import Point
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee7733", "#009988", "#994455", "#777777")
 MARKERS = "osD^vP>X<*"
-LEAST_KL = 0.02  # to the left of it there is nothing to see on a logarithmic axis
+LEAST_KL, MOST_KL = 0.02, 60.0  # nothing to see to the left; what goes beyond has collapsed
+BELOW = 0.15  # as much below the base's reward is shown
 
 
 def draw(points: Sequence[Point], base: float, path: Path) -> None:
@@ -25,7 +26,7 @@ def draw(points: Sequence[Point], base: float, path: Path) -> None:
     titles = list(dict.fromkeys(p.family for p in points))
     columns = min(3, len(titles))
     rows = -(-len(titles) // columns)
-    size = (5.2 * columns, 4.1 * rows + 0.9)
+    size = (6.2 * columns, 3.7 * rows + 0.9)
     figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
     for axis, title in zip(axes.flat, titles):
         _panel(axis, title, points, base)
@@ -36,10 +37,13 @@ def draw(points: Sequence[Point], base: float, path: Path) -> None:
         axis.tick_params(labelbottom=True)
     for row in axes:
         row[0].set_ylabel("true reward")
+    axes[0][0].set_ylim(max(base - BELOW, min(p.reward.mean for p in points) - 0.02), None)
+    axes[0][0].set_xlim(None, min(MOST_KL, 1.3 * max(p.kl.mean for p in points)))
     seeds = max(p.seeds for p in points)
     figure.suptitle(
         "True reward against KL to the reference, on the sandbox's held-out questions\n"
-        f"a curve per head over its strengths; bars: 95 % over {seeds} seeds; dashed: the base model",
+        f"a curve per head over its strengths; bars: 95 % over {seeds} seeds; dashed: the base model; "
+        "a curve that leaves its panel has collapsed",
         fontsize=12,
     )
     figure.tight_layout(rect=(0, 0, 1, 0.985))
@@ -70,7 +74,7 @@ def _panel(axis: Any, title: str, points: Sequence[Point], base: float) -> None:
     axis.grid(color="0.94", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False, loc="lower left", handlelength=1.6, labelspacing=0.25)
+    axis.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.6)
 
 
 def _curve(axis: Any, line: Sequence[Point], name: str, **style: Any) -> None:
