@@ -48,6 +48,7 @@ from po.heads.mipo_multisample import MIPOMultisample
 from po.heads.mpo_multi import MPOMulti
 from po.heads.nat import NAT
 from po.heads.nca import NCA
+from po.heads.neg_distill import NegDistill
 from po.heads.npo import NPO
 from po.heads.npo_kl import NPOKL
 from po.heads.npo_nll import NPONLL
@@ -133,6 +134,7 @@ HEADS: dict[str, type[Head]] = {
     "mpo_multi": MPOMulti,
     "nat": NAT,
     "nca": NCA,
+    "neg_distill": NegDistill,
     "npo": NPO,
     "npo_kl": NPOKL,
     "npo_nll": NPONLL,
