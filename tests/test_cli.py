@@ -103,7 +103,7 @@ def test_head_dpo(capsys: Capture) -> None:
         (["train"], "po train: the following arguments are required: recipe"),
         (["train", "nowhere.yaml"], "po: nowhere.yaml: No such file or directory; expected a recipe, a YAML file"),
         (["check"], "po: po check: which recipe? Expected a YAML file, e.g. po check recipes/quickstart.yaml"),
-        (["heads", "dpoo"], "po: po heads: no head is called 'dpoo'. Did you mean 'dpo'? Heads: apo_down,"),
+        (["heads", "dpoo"], "po: po heads: no head is called 'dpoo'. Did you mean 'dpo'? Heads: a_lol,"),
         (["export", "runs/x"], "po export: one of the arguments --adapter --merged is required"),
         (["export", "runs/x", "--merged", "--evla", "f"], "unrecognized arguments: --evla f. Did you mean '--eval'?"),
     ],

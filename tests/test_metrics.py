@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Job
+from heads_support import parts, random_input
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from po.forest import pad, plant
@@ -17,6 +18,7 @@ from po.objective import counted, objective, scope
 from po.spec import Term
 from po.speed import Cost, Speed, peak_flops, peak_gib
 from po.types import HeadInput, Segments
+from po.whole import moved
 
 
 def seg(lengths: list[list[int]], device: str = "cpu") -> Segments:
@@ -107,16 +109,15 @@ def test_head_metrics_carry_the_terms_name():
     assert got["loss/ipo"] == got["loss/ipo_2"]
 
 
-@pytest.mark.parametrize("head", sorted(HEADS))
-def test_no_host_synchronisation(head: str):
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_no_host_synchronisation(name: str):
     """Meta tensors hold no values: any read of one on the host raises."""
-    s = Segments(torch.empty(7, dtype=torch.int64, device="meta"), torch.empty(2, 2, dtype=torch.bool, device="meta"))
-    t = torch.empty(7, device="meta")
-    x = HeadInput(s, t, ref=t, reward=torch.empty(2, 2, device="meta"))
-    terms = [Term(HEADS[head]())]
-    scores = Scores(t, t, torch.empty(7, dtype=torch.bool, device="meta"))
+    head = HEADS[name]()
+    x = moved(random_input(head), "meta")
+    T = x.policy_T.numel()
+    scores = Scores(x.policy_T, x.policy_T, torch.empty(T, dtype=torch.bool, device="meta"))
     meter = Meter()
-    for metric in preference_metrics(x, terms, objective(terms, x, {scope(terms[0].head.needs): 2.0}), scores):
+    for metric in preference_metrics(x, [Term(head)], parts(head, x), scores):
         meter.add(*metric)
 
 
