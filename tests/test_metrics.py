@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Job
-from heads_support import parts, random_input
+from heads_support import change, random_input
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from po.forest import pad, plant
@@ -116,8 +116,10 @@ def test_no_host_synchronisation(name: str):
     x = moved(random_input(head), "meta")
     T = x.policy_T.numel()
     scores = Scores(x.policy_T, x.policy_T, torch.empty(T, dtype=torch.bool, device="meta"))
+    y = change(x, gates={f"0.{name}": gate for name, gate in x.gates.items()})
+    parts = objective([Term(head)], y, {scope(head.needs): 2.0}, [x.state])
     meter = Meter()
-    for metric in preference_metrics(x, [Term(head)], parts(head, x), scores):
+    for metric in preference_metrics(x, [Term(head)], parts, scores):
         meter.add(*metric)
 
 
