@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,14 @@ from po.whole import Share, State, Whole, for_other_rows, moved, signals, whole
 
 _FILE = "head_state.safetensors"
 Backward = Callable[[], Tensor]  # one forward; what to run backward from
+
+
+class Work(NamedTuple):
+    """One micro-batch of a step taken together."""
+
+    x: HeadInput  # what the heads saw of it, without gradient
+    value: Tensor  # what the trainer logs of it: the step's objective over the micro-batches of a rank
+    parts: list[Backward]  # its share of the step's loss (times the ranks), as a sum
 
 
 class Coupled:
@@ -62,20 +71,20 @@ class Coupled:
         most = [max(n) for n in zip(*gather([len(b.pieces) for b in batches]), strict=True)]
         return [_with_pieces(b, n) for b, n in zip(batches, most, strict=True)]
 
-    def losses(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, list[Backward]]:
-        """What the heads saw of this micro-batch, and its share of the step's loss (times the ranks) as a sum of parts,
-        each with a forward of its own."""
+    def work(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> Work:
+        """What there is to do for this micro-batch. Every rank gets as many parts, each with a forward of its own."""
         if len(self._step) == 1 and not self._splits:
             seen = self._forward(model, batch)
             (share,) = self._take([seen], counts)
-            return share.x, [partial(share.loss, signals(seen.x), ranks())]
+            return Work(share.x, share.value, [partial(share.loss, signals(seen.x), ranks())])
         self._ahead = self._ahead or self._look_ahead(model, counts)
         share, batch, random = self._ahead.pop(0)
         random.restore()
-        pull = replace(share, grad={name: _everywhere(g, batch) for name, g in share.grad.items()}, value=0)
+        nothing = torch.zeros_like(share.value)
+        pull = replace(share, grad={name: _everywhere(g, batch) for name, g in share.grad.items()}, value=nothing)
         pieces = batch.pieces or (None,)
         parts: list[Backward] = [partial(self._part, model, batch, p, pull) for p in pieces]
-        return share.x, [*parts[:-1], lambda: parts[-1]() + share.value]  # the last one is what the trainer logs
+        return Work(share.x, share.value, [*parts[:-1], lambda: parts[-1]() + share.value])
 
     def _part(self, model: nn.Module, batch: Batch, piece: Piece | None, share: Share) -> Tensor:
         """A piece's part of a micro-batch's share; `share` in the order of the whole stream."""

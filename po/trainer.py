@@ -162,11 +162,11 @@ class POTrainer(Trainer):
             loss: Tensor = parts.loss * self.args.world_size
             self.guard.watch(inputs.ids, x, loss)
             return loss
-        x, losses = self.coupled.losses(model, inputs, num_items_in_batch)
-        self.guard.watch(inputs.ids, x, x.policy_T.sum())
-        for part in losses[:-1]:
+        work = self.coupled.work(model, inputs, num_items_in_batch)
+        self.guard.watch(inputs.ids, work.x, work.value)
+        for part in work.parts[:-1]:
             accumulate(self.accelerator, model, part)
-        return losses[-1]()
+        return work.parts[-1]()
 
     def _apart(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Parts]:
         """A micro-batch by itself."""

@@ -102,7 +102,7 @@ class Share:
 
     x: HeadInput  # without gradient
     grad: Mapping[str, Tensor]  # d objective / d signal, in the micro-batch's order
-    value: Tensor | float  # the step's objective, divided by the micro-batches of a rank
+    value: Tensor  # the step's objective, divided by the micro-batches of a rank
 
     def loss(self, new: Mapping[str, Tensor], world: int) -> Tensor:
         """A scalar whose gradient, averaged over ranks and added up over micro-batches, is the step's, and so is its
