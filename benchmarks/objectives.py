@@ -65,7 +65,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=named, default=list(HEADS), help="a,b,c (default: all that the rows can feed)")
-    parser.add_argument("--betas", type=listed, default=[0.03, 0.1, 0.3], help="strengths (default: 0.03,0.1,0.3)")
+    parser.add_argument("--betas", type=listed, default=[0.05, 0.2, 0.8], help="strengths (default: 0.05,0.2,0.8)")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")

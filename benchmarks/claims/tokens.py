@@ -25,7 +25,7 @@ def sparse_masks(lab: Lab, seeds: Sequence[int] = (0, 1, 2)) -> Finding:
         "SparsePO's masks become sparse and weigh the words that carry the reward",
         "Christopoulou et al. 2024 (arXiv:2410.05102): learned masks leave many tokens without weight, the more the "
         "stronger the L1 penalty, and concentrate on tokens that matter for the preference.",
-        "80 steps of 8 pairs, beta 0.1, simple_all, one mask for reward and KL; then the mask on answers to held-out "
+        "50 steps of 8 pairs, beta 0.1, simple_all, one mask for reward and KL; then the mask on answers to held-out "
         "questions. What a token carries: |expected true reward after it - before it|, by 16 answers that the base "
         "completes from there. Focus: that, averaged with the mask's weights, over its plain average; 1 is a mask that "
         "does not know. A mask that is 0 everywhere has none.",
@@ -56,7 +56,7 @@ def _one(
     lab: Lab, path: Any, lam: float, seed: int, answers: Sequence[Answer], worth_T: torch.Tensor
 ) -> dict[str, float]:
     term = {"head": "sparsepo", "beta": 0.1, "lambda_u": lam, "lambda_d": lam}
-    trained = lab.train(term, path, seed, 80, reference="adapter_off", train={"logging_steps": 1})
+    trained = lab.train(term, path, seed, 50, reference="adapter_off", train={"logging_steps": 1})
     first = next(line for line in trained.log if "sparsepo/on_u" in line)
     weight_T = _weights(lab.world, trained.network, answers)
     total = weight_T.sum().item()

@@ -22,6 +22,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "exo_rw": {"beta_r": 0.1},
     "rpo_sft": {"eta": 0.2},  # beta times the answer's tokens, 12 here, takes the place of 300
 }
+SCALES = {"dro_v": 1.0}  # tau is in units of the reward
 FAMILIES: Mapping[str, tuple[str, ...]] = {
     "Pairs: DPO and what its margin may be": (
         *("dpo", "ipo", "hinge", "sppo_hard", "exo_pref", "fdpo", "dpo_norm", "ld_dpo"),
@@ -67,12 +68,12 @@ def strength(kind: type[Head]) -> str | None:
     return next((n for n in STRENGTHS if n in names), None)
 
 
-def scale(kind: type[Head], name: str) -> float:
+def scale(head: str, name: str) -> float:
     """What a strength is multiplied with: 1 where the default is DPO's 0.1 or less (small defaults are for answers of
     hundreds of tokens), else default / 0.1 (means over tokens, rewards of another scale)."""
-    default = next(f.default for f in fields(kind) if f.name == name)
+    default = next(f.default for f in fields(HEADS[head]) if f.name == name)
     assert isinstance(default, float)
-    return max(1.0, default / 0.1)
+    return SCALES.get(head, max(1.0, default / 0.1))
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,15 @@ class Spec:
 
     def term(self) -> dict[str, Any]:
         """The head with its hyperparameters, as a recipe says it."""
-        kind = HEADS[self.head]
-        name = strength(kind)
-        own = {} if name is None else {name: round(self.beta * scale(kind, name), 6)}
+        name = strength(HEADS[self.head])
+        own = {} if name is None else {name: round(self.beta * scale(self.head, name), 6)}
         if self.head == "d2o":  # its second strength, of the bad answer, goes along
             own["alpha"] = own["beta"]
         return {"head": self.head, **OPTIONS.get(self.head, {}), **own}
 
     def rate(self) -> float:
         """The learning rate; without a strength it is what makes a run move further or less far."""
-        return self.learning_rate if strength(HEADS[self.head]) else self.learning_rate * min(1.0, 0.1 / self.beta)
+        return self.learning_rate if strength(HEADS[self.head]) else self.learning_rate * 0.1 / self.beta
 
     @property
     def kind(self) -> str:
