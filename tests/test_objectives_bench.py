@@ -141,13 +141,10 @@ def test_runs_resume(world: World, tmp_path: Path, capsys: pytest.CaptureFixture
     assert [(r["head"], r["seed"]) for r in first] == [("dpo", 0), ("sft", 0)]
     assert all(0 <= r["reward"] <= 1 and r["kl"] == r["kl"] for r in first)
 
-    assert objectives.main(words) == 0
-    assert rows(tmp_path / "runs.jsonl") == first
-    assert "2 runs, 2 of them done before" in capsys.readouterr().out
-
     text = (tmp_path / "runs.jsonl").read_text()
     (tmp_path / "runs.jsonl").write_text(text[:-40])  # an interruption within the last line
     assert objectives.main(words) == 0
+    assert "2 runs, 1 of them done before" in capsys.readouterr().out
     again = {r["key"]: r for r in objectives.read(tmp_path / "runs.jsonl")}
     seconds = {"seconds": 0}
     assert [again[r["key"]] | seconds for r in first] == [r | seconds for r in first], "the same seed, the same run"
