@@ -90,7 +90,6 @@ def run(recipe_path: str, policy: Path | None, out: Path, how: ComPO, split_only
         )
     split = split_pairs(recipe, tokenizer, how)
     line = split.line(how.noisy)
-    say(line)
     out.mkdir(parents=True, exist_ok=True)
     if split_only:
         return f"{line}\n{_write_clean(recipe, split, out)}"
