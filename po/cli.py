@@ -28,7 +28,7 @@ OVERRIDES = """A recipe's values can be changed behind it, the last word wins:
   po %(command)s recipe.yaml train.learning_rate=1e-5 loss.0.beta=0.2
   po %(command)s recipe.yaml --train.learning_rate 1e-5 --beta=0.2
 """
-COMMANDS = ("train", "check", "heads", "export", "likra")
+COMMANDS = ("train", "check", "heads", "export", "likra", "compo")
 _FLAGS = {"check": {"--json", "--schema", "-h", "--help"}, "train": {"-h", "--help"}}
 
 
@@ -95,6 +95,19 @@ def _parsers() -> tuple[argparse.ArgumentParser, Any]:
     likra.add_argument("positive", type=Path, help="the run trained on right answers")
     likra.add_argument("negative", type=Path, help="the run trained on wrong answers")
     likra.add_argument("rows", help="questions with their answers; the right one has the top reward, or is `chosen`")
+    compo = command("compo", "split pairs by the reference's margin; step on the output layer over the noisy ones")
+    compo.add_argument("recipe", help="a YAML file: rows, reference, seed, and the model where there is no --policy")
+    compo.add_argument("--out", type=Path, required=True, help="a new folder, for the whole model")
+    compo.add_argument("--policy", type=Path, help="a finished run to start from")
+    compo.add_argument("--split-only", action="store_true", help="count, and write the clean rows; no steps")
+    compo.add_argument("--radius", type=float, help="r, how far a comparison looks (default: 0.0005)")
+    compo.add_argument("--directions", type=int, help="m, comparisons for a step (default: 1600)")
+    compo.add_argument("--lambda-g", type=float, help="smaller entries of the direction become 0 (default: 0.00022)")
+    compo.add_argument("--threshold", type=float, help="lambda, good comparisons that a step needs (default: 0.2)")
+    compo.add_argument("--gamma", type=float, help="length of a step, times the share of good ones (default: 1)")
+    compo.add_argument("--sampling", choices=("sphere", "gaussian"), help="of directions (default: sphere)")
+    compo.add_argument("--noisy", type=float, help="largest reference margin of a noisy pair, nats (default: 3)")
+    compo.add_argument("--pairs", type=int, help="noisy pairs to step on, the first ones (default: 100)")
     return top, commands
 
 
@@ -146,6 +159,7 @@ def _run(words: list[str]) -> None:
         "heads": _heads,
         "export": _export,
         "likra": _likra,
+        "compo": _compo,
     }
     commands[args.command](args, overrides)
 
@@ -209,6 +223,16 @@ def _likra(args: argparse.Namespace, overrides: list[str]) -> None:
 
     quiet()
     print(evaluate(args.positive, args.negative, args.rows).table())
+
+
+def _compo(args: argparse.Namespace, overrides: list[str]) -> None:
+    from dataclasses import fields
+
+    from po.compo import ComPO
+    from po.compo_run import run
+
+    given = {f.name: getattr(args, f.name) for f in fields(ComPO) if getattr(args, f.name) is not None}
+    print(run(args.recipe, args.policy, args.out, ComPO(**given), args.split_only))
 
 
 if __name__ == "__main__":

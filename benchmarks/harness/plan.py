@@ -33,7 +33,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         *("aot", "aot_unpaired"),
     ),
     "Pairs: discovered losses": ("discopop", "dbaql", "aql", "aqfl", "padll", "cell", "pfl"),
-    "Token level, distillation": ("tdpo1", "tdpo2", "sparsepo", "mapo", "bmc", "dckd", "adpa"),
+    "Token level, distillation": ("tdpo1", "tdpo2", "sparsepo", "mapo", "bmc", "dckd", "adpa", "neg_distill"),
     "Without a reference": ("simpo", "alphapo", "orpo", "cpo", "slic", "tpo_triple", "tpo_l", "redi"),
     "Sets": (
         *("infonca", "nca", "mpo_multi", "ampo", "refa", "plackett_luce", "ranklist", "irpo_incontext", "exo_rw"),
