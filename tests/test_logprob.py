@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import time
 
 import pytest
 import torch
@@ -245,6 +246,7 @@ def one_rank(tmp_path):
     try:
         yield
     finally:
+        time.sleep(0.2)  # gloo's threads drop their last work; they need the interpreter's lock, which the end holds
         torch.distributed.destroy_process_group()
 
 

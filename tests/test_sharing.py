@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_logprob import one_rank
 from tiny_models import FAMILIES, V, ragged, tiny
 from torch import nn
 
@@ -207,11 +208,8 @@ def test_adapters_and_ddp_are_looked_through(tmp_path):
     install(model)
     share(model)
     wrapped = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")).eval()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+    with one_rank(tmp_path):
         assert verify(nn.parallel.DistributedDataParallel(wrapped), FOREST) < 1e-6
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def test_every_rank_runs_the_same_number_of_forwards():
