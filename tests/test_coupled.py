@@ -108,7 +108,7 @@ def same(out: Path, first: Path) -> None:
             assert a.get(name) == pytest.approx(b.get(name), abs=1e-4), name
 
 
-@pytest.mark.parametrize("head", ["aqfl", "aot"])
+@pytest.mark.parametrize("head", ["aqfl", pytest.param("aot", marks=pytest.mark.slow)])
 def test_no_split_changes_what_a_coupled_head_trains(world: Path, head: str) -> None:  # noqa: F811
     outs = [trained(world, head, [{"head": head, "beta": 0.5}], split) for split in SPLITS]
     for out in outs[1:]:

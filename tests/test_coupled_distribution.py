@@ -55,6 +55,7 @@ def compare(folder: Path, out: Path) -> None:
                 torch.testing.assert_close(found[key], value, rtol=0, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["infonca"])
 def test_two_ranks_of_ddp(tmp_path: Path, head: str) -> None:
     folder = world(tmp_path, head)

@@ -22,9 +22,8 @@ WORD_ID = {w: i + 3 for i, w in enumerate(WORDS)}  # as make_model numbers them
 
 def kind(needs: Needs) -> tuple[Any, ...]:
     """Heads of one kind meet the same code outside of their own file."""
-    flags = ("reference", "reward", "label", "behaviour", "token_kl", "collision", "differs", "teacher", "embedding")
-    more = ("prompt_embedding", "mismatch", "row", "couples_batch")
-    return needs.layout, needs.unit, needs.hidden, needs.columns, *(getattr(needs, f) for f in (*flags, *more))
+    flags = ("label", "token_kl", "collision", "differs", "teacher", "prompt_embedding", "mismatch", "couples_batch")
+    return needs.layout, needs.hidden, bool(needs.columns), *(getattr(needs, f) for f in flags)
 
 
 def one_of_each_kind() -> list[str]:

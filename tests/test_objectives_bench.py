@@ -133,6 +133,7 @@ def test_strengths() -> None:
     assert len({Spec("dpo", b, s, 2, 1e-3).key("w") for b in (0.1, 0.2) for s in (0, 1)}) == 4
 
 
+@pytest.mark.slow
 def test_runs_resume(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--heads", "dpo,sft", "--betas", "0.1", "--seeds", "1", "--steps", "2"]
     words += ["--out", str(tmp_path), "--sandbox", str(world.folder)]
