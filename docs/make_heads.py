@@ -43,6 +43,7 @@ DATA = {
 WANTS = {
     "reward": "a reward each",
     "behaviour": "the sampler's log-probs",
+    "privileged": "a privileged prompt",
     "embedding": "an embedding each",
     "prompt_embedding": "an embedding of the prompt",
     "teacher": "a teacher's log-probs",
@@ -88,6 +89,8 @@ def citation(paper: str) -> str:
 def row(name: str, needs: Needs, said: dict[str, str]) -> str:
     wants = [said for need, said in WANTS.items() if getattr(needs, need)]
     wants += [f"a number `{column}` per row" for column in needs.columns]
+    wants += [f"a number `{column}` per response" for column in needs.response_columns]
+    wants += [f"a number `{column}` per token" for column in needs.token_columns]
     cells = (
         f"[`{name}`](#{name})",
         citation(said["Paper"]),

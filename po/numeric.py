@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,3 +75,45 @@ def hashed_uniform(key: Tensor) -> Tensor:
     for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
         x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
     return ((x ^ (x >> 15)) >> 9).float().add(0.5) / 2**23
+
+
+def importance_ratio(logp: Tensor, old: Tensor) -> Tensor:
+    """pi / mu from log-probs of tokens or of whole responses; the difference is kept within +-20, where the gradient
+    ends."""
+    return (logp - old).clamp(-20, 20).exp()
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """PPO's loss, -min(ratio A, clip(ratio, 1 - low, 1 + high) A), elementwise."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def k3(logp: Tensor, ref: Tensor) -> Tensor:
+    """Schulman's estimate of KL(pi || ref) at samples of pi: ref/pi - log(ref/pi) - 1, never negative; the log-ratio is
+    kept within +-20."""
+    x = (ref - logp).clamp(-20, 20)
+    return x.expm1() - x
+
+
+def group_advantages(
+    reward: Tensor, where: Tensor, scale: Literal["population", "unbiased", "none"], eps: float = 0.0
+) -> Tensor:
+    """Rewards minus their mean over the True entries of the last axis, over their standard deviation + eps; 0 where all
+    are equal and where nothing is True. population: the deviation divides by n, unbiased: by n - 1, none: no scale."""
+    center = masked_center(reward, where)
+    if scale == "none":
+        return center
+    std = masked_std(reward, where)
+    if scale == "population":
+        n = where.sum(-1).clamp(min=1)
+        std = std * ((n - 1) / n).sqrt()
+    some = std > 0
+    return center / (torch.where(some, std, 1) + eps)[..., None] * some[..., None]
+
+
+def leave_one_out(x: Tensor, where: Tensor) -> Tensor:
+    """Each True entry minus the mean of the other True entries of the last axis; a single one keeps its value, 0
+    elsewhere."""
+    n = where.sum(-1, keepdim=True)
+    others = masked_center(x, where) * n / (n - 1).clamp(min=1)
+    return torch.where(n > 1, others, torch.where(where, x, 0))

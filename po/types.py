@@ -68,9 +68,15 @@ class HeadInput:
     prompt_embedding: Tensor | None = None
     mismatch: Tensor | None = None
     row: Tensor | None = None
+    privileged: Tensor | None = None
+    correction: Tensor | None = None
+    progress: Tensor | None = None
     best_first: bool = False  # the responses stand best first, whatever their rewards say: pairs
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    response_columns: Mapping[str, Tensor] = field(default_factory=dict)
+    token_columns: Mapping[str, Tensor] = field(default_factory=dict)
     gates: Mapping[str, Tensor] = field(default_factory=dict)
+    old_gates: Mapping[str, Tensor] = field(default_factory=dict)
     state: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -80,7 +86,8 @@ class HeadInput:
 
     @property
     def old_T(self) -> Tensor:
-        """Log-prob under the policy that sampled y. (T,)"""
+        """log mu(y_t | x, y_<t), fp32, no gradient: of rollouts, under the policy as it was when it sampled y, by the
+        same routine as policy_T; of rows from a file, what they carry. (T,)"""
         return _given(self.old, "old_T", "behaviour=True")
 
     @property
@@ -134,6 +141,22 @@ class HeadInput:
         return _given(self.row, "row_G", "row=True")
 
     @property
+    def privileged_T(self) -> Tensor:
+        """log pi of the same response tokens after the row's privileged prompt, with gradient. (T,)"""
+        return _given(self.privileged, "privileged_T", "privileged=True")
+
+    @property
+    def correction_T(self) -> Tensor:
+        """What a policy-gradient head multiplies each token's term with: the truncated weight of the sampler's own
+        imprecision where a recipe asks for it, else 1; no gradient. (T,)"""
+        return _given(self.correction, "correction_T", "correction=True")
+
+    @property
+    def share_done(self) -> Tensor:
+        """How much of the run's optimizer steps are done, from 0 to below 1. A number without dimensions."""
+        return _given(self.progress, "share_done", "progress=True")
+
+    @property
     def embedding_GKE(self) -> Tensor:
         """The row's embedding of each response. (G, K, E)"""
         return _given(self.embedding, "embedding_GKE", "embedding=True")
@@ -147,9 +170,21 @@ class HeadInput:
         """A number that the row carries under this name. (G,)"""
         return _given(self.columns.get(name), f"column {name!r}", f'columns=("{name}",)')
 
+    def response_column_GK(self, name: str) -> Tensor:
+        """A number that each response carries under this name; anything where there is no response. (G, K)"""
+        return _given(self.response_columns.get(name), f"column {name!r}", f'response_columns=("{name}",)')
+
+    def token_column_T(self, name: str) -> Tensor:
+        """A number that each response token carries under this name. (T,)"""
+        return _given(self.token_columns.get(name), f"column {name!r}", f'token_columns=("{name}",)')
+
     def gate_T(self, name: str) -> Tensor:
         """What the head's own module (build) makes of the hidden state that predicts each token, with gradient. (T,)"""
         return _given(self.gates.get(name), f"gate {name!r}", "hidden=...")
+
+    def old_gate_T(self, name: str) -> Tensor:
+        """The same when y was sampled, no gradient; of rows from a file, as it is now. (T,)"""
+        return _given(self.old_gates.get(name), f"gate {name!r} at sampling", "hidden=... and behaviour=True")
 
     @property
     def logratio_T(self) -> Tensor:
@@ -201,7 +236,8 @@ class Needs:
     reference: bool = False
     reward: bool = False
     label: bool = False
-    behaviour: bool = False  # old_T: the sampler's own log-probs
+    behaviour: bool = False  # old_T: log-probs under the policy that sampled
+    correction: bool = False  # multiplies each token's term with correction_T
     token_kl: bool = False  # KL(ref || policy) per token; the reference cannot be a cache
     collision: bool = False  # log sum_v pi(v)^2 per token
     differs: bool = False  # which tokens of a pair were edited
@@ -211,7 +247,11 @@ class Needs:
     prompt_embedding: bool = False
     mismatch: bool = False  # another row's response after this prompt
     row: bool = False  # the row's index, for per-row state
+    privileged: bool = False  # the row's privileged prompt before the same responses
+    progress: bool = False  # how much of the run is done
     columns: tuple[str, ...] = ()  # numbers that every row must carry
+    response_columns: tuple[str, ...] = ()  # numbers that every response must carry
+    token_columns: tuple[str, ...] = ()  # lists of numbers, one per token, that every response must carry
     hidden: Literal["policy", "ref"] | None = None  # fed to the module from build()
     raw_logps: bool = False  # with a reference: reads log pi other than through log pi/ref
     couples_batch: bool = False  # reads statistics across groups (KTO's KL, AOT's sort), or keeps state

@@ -20,10 +20,11 @@ from po.ranks import gather, rank
 from po.spec import Term
 from po.types import HeadInput, Segments
 
-_LEARNED = ("policy_T", "token_kl", "candidate")  # per token, with gradient; so are the gates
-_TOKENS = (*_LEARNED, "ref", "old", "collision", "differs", "teacher", "teacher_ref")
+_LEARNED = ("policy_T", "token_kl", "candidate", "privileged")  # per token, with gradient; so are the gates
+_TOKENS = (*_LEARNED, "ref", "old", "correction", "collision", "differs", "teacher", "teacher_ref")
 _GROUPS = ("prompt_embedding", "mismatch", "row")
 _GRIDS = ("reward", "label", "embedding")
+_NAMED = ("columns", "response_columns", "token_columns", "gates", "old_gates")
 
 State = Mapping[str, Tensor]
 
@@ -61,7 +62,7 @@ def join(parts: Sequence[HeadInput]) -> HeadInput:
         slots.append((first + p.seg.slot_T // width) * K + p.seg.slot_T % width)
         first += G
     valid_GK = torch.cat([_widen(p.seg.valid_GK, K) for p in parts])
-    together: dict[str, Tensor | None] = {}
+    together: dict[str, Any] = {"best_first": parts[0].best_first, "progress": parts[0].progress}
     for name in (*_TOKENS, *_GROUPS, *_GRIDS):
         found = [getattr(p, name) for p in parts]
         if any(t is None for t in found):
@@ -70,10 +71,11 @@ def join(parts: Sequence[HeadInput]) -> HeadInput:
         if name in _GRIDS:
             found = [_widen(t, K) for t in found]
         together[name] = torch.cat(_as_wide(found))
-    columns = {k: torch.cat([p.columns[k] for p in parts]) for k in parts[0].columns}
-    gates = {k: torch.cat([p.gates[k] for p in parts]) for k in parts[0].gates}
-    seg = Segments(torch.cat(slots), valid_GK)
-    return HeadInput(seg, best_first=parts[0].best_first, columns=columns, gates=gates, **together)  # type: ignore[arg-type]
+    for name in _NAMED:
+        widen = name == "response_columns"
+        given = [{k: _widen(t, K) if widen else t for k, t in getattr(p, name).items()} for p in parts]
+        together[name] = {k: torch.cat([g[k] for g in given]) for k in given[0]}
+    return HeadInput(Segments(torch.cat(slots), valid_GK), **together)
 
 
 def _widen(t: Tensor, K: int) -> Tensor:

@@ -122,7 +122,7 @@ def gradient_is_the_derivative_unless_declared(head: Head) -> None:
 
 
 def _exact(head: Head, x: HeadInput) -> bool:
-    names = [n for n in ("policy_T", "token_kl", "candidate") if getattr(x, n) is not None]
+    names = [n for n in ("policy_T", "token_kl", "candidate", "privileged") if getattr(x, n) is not None]
     leaves = tuple(getattr(x, n).detach().requires_grad_(True) for n in names)
 
     def loss(*given: Tensor) -> Tensor:
@@ -137,6 +137,7 @@ def never_waits_for_the_device(head: Head) -> None:
     x = random_input(head)
     seg = Segments(x.seg.slot_T.to("meta"), x.seg.valid_GK.to("meta"))
     y = mapped(x, lambda _, t: t.to("meta"))
+    y = y if y.progress is None else change(y, progress=y.progress.to("meta"))
     out = head(change(y, seg=seg, state={k: t.to("meta") for k, t in x.state.items()}))
     assert out.loss.device.type == "meta"
 
@@ -207,11 +208,16 @@ def reads_what_it_declares(head: Head) -> None:
         ("prompt_embedding", "prompt_embedding"),
         ("mismatch", "mismatch"),
         ("row", "row"),
+        ("privileged", "privileged"),
+        ("correction", "correction"),
+        ("progress", "progress"),
         ("columns", "columns"),
+        ("response_columns", "response_columns"),
+        ("token_columns", "token_columns"),
         ("gates", "hidden"),
     ):
         if getattr(head.needs, need):
-            lacking = {} if field in ("columns", "gates") else None
+            lacking = {} if field == "gates" or "columns" in field else None
             with pytest.raises(LookupError, match=rf"add {need}=.* to its Needs"):
                 head(change(random_input(head), **{field: lacking}))
 
@@ -277,14 +283,18 @@ def mean_and_grad(head: Head, x: HeadInput) -> tuple[Tensor, Tensor]:
 
 
 def in_precision(x: HeadInput, dtype: torch.dtype) -> HeadInput:
-    return mapped(x, lambda _, t: t.detach().to(dtype) if t.is_floating_point() else t)
+    y = mapped(x, lambda _, t: t.detach().to(dtype) if t.is_floating_point() else t)
+    return y if y.progress is None else change(y, progress=y.progress.to(dtype))
 
 
 def mapped(x: HeadInput, f: Callable[[str, Tensor], Tensor]) -> HeadInput:
-    """f(kind, tensor) for all that a head reads but the segments and its state. kind: "T" for tokens, else a name."""
-    single = {k: f("T" if k in PER_TOKEN else k, t) for k, t in tensors(x).items()}
-    columns = {k: f("column", t) for k, t in x.columns.items()}
-    return change(x, **single, columns=columns, gates={k: f("T", t) for k, t in x.gates.items()})
+    """f(kind, tensor) for all that a head reads but the segments, its state and the run's progress. kind: "T" for
+    tokens, "grid" for responses, else a name."""
+    kinds = dict.fromkeys(PER_TOKEN, "T") | {"progress": None}
+    single = {k: f(kinds.get(k) or k, t) for k, t in tensors(x).items() if kinds.get(k, k)}
+    named = {"columns": "column", "response_columns": "grid", "token_columns": "T", "gates": "T", "old_gates": "T"}
+    several = {name: {k: f(kind, t) for k, t in getattr(x, name).items()} for name, kind in named.items()}
+    return change(x, **single, **several)
 
 
 def only(x: HeadInput, g: int) -> HeadInput:
@@ -300,7 +310,7 @@ def with_empty_slot(x: HeadInput, reward: float, at: int) -> HeadInput:
     K = x.seg.valid_GK.shape[1]
     k_T = x.seg.slot_T % K
     slot_T = x.seg.slot_T // K * (K + 1) + k_T + (k_T >= at)
-    fill = {"reward": reward, "label": 0, "embedding": reward}
+    fill = {"reward": reward, "label": 0, "embedding": reward, "grid": reward}
     y = mapped(x, lambda kind, t: insert(t, at, 1, fill[kind]) if kind in fill else t)
     return change(y, seg=Segments(slot_T, insert(x.seg.valid_GK, at, 1, False)))
 

@@ -26,6 +26,7 @@ LENGTHS: dict[str, Lengths] = {
     "labelled": ((3, 1, 4, 2), (2, 5), (1, 1, 1), (6,)),
 }
 PER_TOKEN = ("policy_T", "ref", "old", "token_kl", "collision", "differs", "candidate", "teacher", "teacher_ref")
+PER_TOKEN += ("privileged", "correction")
 EMPTY_ROW = -1  # row_G of a group that holds nothing
 
 
@@ -95,6 +96,8 @@ def with_further_input(x: HeadInput, needs: Needs, noise: Callable[..., Tensor],
     teacher = {name: noise(T, 3).log_softmax(-1) for name in names}
     module = None if head is None else head.build(4, 3)
     gates = {} if module is None else in_float64(module, noise(T, 3, 4))
+    K = x.seg.valid_GK.shape[1]
+    own = {name: (noise(G, K) > 0).to(F64) for name in needs.response_columns}
     return change(
         x,
         collision=-noise(T).abs() if needs.collision else None,
@@ -102,8 +105,14 @@ def with_further_input(x: HeadInput, needs: Needs, noise: Callable[..., Tensor],
         prompt_embedding=noise(G, 3) if needs.prompt_embedding else None,
         mismatch=noise(G) if needs.mismatch else None,
         row=torch.arange(G) if needs.row else None,
+        privileged=-3 * noise(T).abs() if needs.privileged else None,
+        correction=noise(T).abs() if needs.correction else None,
+        progress=torch.tensor(0.1, dtype=F64) if needs.progress else None,
         columns={name: torch.linspace(0.1, 0.9, G, dtype=F64) for name in needs.columns},
+        response_columns={name: t.masked_fill(~x.seg.valid_GK, torch.nan) for name, t in own.items()},
+        token_columns={name: (noise(T) > 0).to(F64) for name in needs.token_columns},
         gates=gates,
+        old_gates={k: (g + noise(T)).detach() for k, g in gates.items()} if needs.behaviour else {},
         state={} if head is None else {k: in_double(t) for k, t in head.state(G).items()},
         **teacher,
     )
