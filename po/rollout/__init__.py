@@ -1,0 +1,1 @@
+"""Responses sampled during training."""
