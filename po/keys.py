@@ -15,6 +15,8 @@ PLACES = {
     "reference": "ReferenceSpec",
     "data": "DataSpec",
     "data.train[], data.eval[]": "Source",
+    "rollout": "RolloutSpec",
+    "rollout.rewards[]": "RewardSpec",
     "loss[], beside the head's own (`po heads`)": "Term",
 }
 

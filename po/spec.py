@@ -18,6 +18,8 @@ PairRule = Literal["best_vs_worst", "best_vs_random", "adjacent", "all", "margin
 Overlong = Literal["drop", "truncate_prompt", "truncate_response", "error"]
 RankOrder = Literal["lower_is_better", "higher_is_better"]
 ReferenceKind = Literal["cached", "frozen", "adapter_off"]
+ZeroVariance = Literal["keep", "drop", "refill"]
+Correction = Literal["none", "token", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,45 @@ class Term:
 
 
 @dataclass(frozen=True)
+class RewardSpec:
+    """One reward; exactly one of function, verifier, model and url says what computes it."""
+
+    function: str | None = None  # rewards.py:name or package.module:name, called as TRL calls reward functions
+    verifier: str | None = None  # a built-in one by name; docs/rewards.md lists them
+    model: str | None = None  # a reward model, a folder or a hub name
+    url: str | None = None  # an HTTP endpoint
+    name: str | None = None  # in metrics and columns; None: the function's, verifier's or model's
+    weight: float = 1.0
+    timeout: Annotated[float, Gt(0)] = 60.0  # seconds per call
+    options: Mapping[str, Any] = field(default_factory=dict)  # what the reward itself takes
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    rewards: tuple[RewardSpec, ...]
+    num_generations: Annotated[int, Ge(1)] = 8  # samples of each prompt
+    max_completion_length: Annotated[int, Ge(1)] = 256  # tokens; prompts have the rest of data.max_length
+    temperature: Annotated[float, Gt(0)] = 1.0  # log-probs in training are those of this temperature too
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    top_k: Annotated[int, Ge(0)] = 0  # 0: all tokens
+    server: str | None = None  # a vLLM server's address; None: the policy generates in this process
+    sequences_per_call: Annotated[int, Ge(1)] = 64  # sampled at once on a device
+    steps_per_generation: Annotated[int, Ge(1)] = 1  # optimizer steps whose prompts are sampled at once
+    num_iterations: Annotated[int, Ge(1)] = 1  # times that these steps are taken
+    zero_variance: ZeroVariance = "keep"  # groups whose rewards are equal: count, do not count, or sample other prompts
+    refill_budget: Annotated[float, Gt(0)] = 1.0  # with refill: further prompts, as a share of the round's
+    from_reference: Annotated[int, Ge(0)] = 0  # how many of num_generations the reference writes
+    gold: Literal["never", "all_failed"] = (
+        "never"  # all_failed: the row's own response for a sample, where none has reward
+    )
+    own_responses: bool = False  # the row's own responses join the group, with their rewards or labels
+    label_above: float | None = None  # samples with more reward are desirable, the others not; None: unlabelled
+    correction: Correction = "none"  # truncated importance weights against the sampler's own log-probs
+    correction_cap: Annotated[float, Gt(0)] = 2.0  # their largest value
+    max_unscored: Annotated[float, Ge(0), Le(1)] = 0.0  # share of a round's samples that rewards may fail on
+
+
+@dataclass(frozen=True)
 class Recipe:
     model: ModelSpec
     data: DataSpec
@@ -94,6 +135,7 @@ class Recipe:
     output_dir: str
     lora: LoraSpec | None = None
     reference: ReferenceSpec = ReferenceSpec()
+    rollout: RolloutSpec | None = None  # sample responses to the rows' prompts, and reward them
     train: Mapping[str, Any] = field(default_factory=dict)  # transformers.TrainingArguments by name, checked
     max_tokens_per_forward: Annotated[int, Ge(1)] | None = None  # split larger micro-batches; exact, one forward more
     deepspeed: str | Mapping[str, Any] | None = None  # zero0|1|2|3, zero2_offload, zero3_offload, a path, a mapping

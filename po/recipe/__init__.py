@@ -18,7 +18,7 @@ from po.recipe.report import Report
 from po.recipe.resolve import REDACTED, resolved, resolved_text
 from po.recipe.schema import schema
 from po.recipe.translate import canonical
-from po.spec import DataSpec, LoraSpec, ModelSpec, Recipe, ReferenceSpec, Source, Term
+from po.spec import DataSpec, LoraSpec, ModelSpec, Recipe, ReferenceSpec, RewardSpec, RolloutSpec, Source, Term
 
 __all__ = ["keep_checkpoints", "load", "resolved", "resolved_text", "schema", "training_arguments"]
 
@@ -67,6 +67,7 @@ def _build(said: Mapping[str, Any], report: Report) -> Recipe:
         lora=lora,
         reference=reference,
         data=data,
+        rollout=_rollout(said.get("rollout"), report),
         loss=tuple(t for t in terms if t is not None),
         train=defaults(lora is not None or model.adapter is not None, bool(data.eval)) | train,
         **({"output_dir": "?"} | _scalars(said, report)),
@@ -116,6 +117,17 @@ def _data(raw: Any, report: Report) -> DataSpec | None:
         )
     spec = parse(DataSpec, {**raw, **sources}, ("data",), report)
     return spec if spec is not None and spec.train else None
+
+
+def _rollout(raw: Any, report: Report) -> RolloutSpec | None:
+    if raw is None or not isinstance(raw, Mapping):
+        return None if raw is None else parse(RolloutSpec, raw, ("rollout",), report)
+    if not raw.get("rewards"):
+        report.wrong(("rollout", "rewards"), "is missing; expected at least one, e.g. `rewards: {verifier: math}`.")
+        return None
+    at = ("rollout", "rewards")
+    found = [parse(RewardSpec, one, (*at, i), report) for i, one in enumerate(raw["rewards"])]
+    return parse(RolloutSpec, {**raw, "rewards": tuple(r for r in found if r is not None)}, ("rollout",), report)
 
 
 def _term(raw: Any, at: text.Keys, report: Report) -> Term | None:

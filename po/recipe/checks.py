@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from po.errors import UserError
+from po.recipe import online
 from po.recipe.report import Report
 from po.spec import Recipe
 from po.types import Head
@@ -28,6 +29,8 @@ def check(recipe: Recipe, given: Mapping[str, Any], report: Report) -> Recipe:
         _lora(recipe, zero, report)
     if sound("model", "lora", "reference", "loss"):
         recipe = _reference(recipe, given, report)
+    if sound("model", "lora", "data", "train", "rollout"):
+        recipe = online.check(recipe, given, sound("reference", "loss"), report)
     if sound("data"):
         _data(recipe, sound("loss"), report)
     if sound("data", "train"):

@@ -29,6 +29,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         "lora": None if recipe.lora is None else asdict(recipe.lora),
         "reference": {"from": reference.pop("source"), **reference},
         "data": asdict(recipe.data),
+        "rollout": None if recipe.rollout is None else asdict(recipe.rollout),
         "loss": [_term(t) for t in recipe.loss],
         "train": dict(recipe.train),
         "max_tokens_per_forward": recipe.max_tokens_per_forward,

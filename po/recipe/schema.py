@@ -11,7 +11,7 @@ from po.heads import HEADS
 from po.keys import documentation
 from po.recipe.arguments import known
 from po.recipe.fields import arms, choices, hints
-from po.spec import DataSpec, LoraSpec, ModelSpec, ReferenceSpec, Source, Term
+from po.spec import DataSpec, LoraSpec, ModelSpec, ReferenceSpec, RewardSpec, RolloutSpec, Source, Term
 
 
 def schema() -> dict[str, Any]:
@@ -23,6 +23,9 @@ def schema() -> dict[str, Any]:
     data["properties"] |= {"train": sources, "eval": sources}
     reference = _section(ReferenceSpec)
     reference["properties"] = {("from" if k == "source" else k): v for k, v in reference["properties"].items()}
+    reward = {"anyOf": [text, _section(RewardSpec)]}
+    rollout = _section(RolloutSpec)
+    rollout["properties"]["rewards"] = {"anyOf": [reward, {"type": "array", "items": reward, "minItems": 1}]}
     terms = [_term(name, cls) for name, cls in HEADS.items()]
     loss = {"anyOf": [{"enum": list(HEADS)}, *terms]}
     properties: dict[str, dict[str, Any]] = {
@@ -30,6 +33,7 @@ def schema() -> dict[str, Any]:
         "lora": {"anyOf": [_section(LoraSpec), {"type": "null"}]},
         "reference": {"anyOf": [text, reference]},
         "data": {"anyOf": [sources, data]},
+        "rollout": {"anyOf": [rollout, {"type": "null"}]},
         "loss": {"anyOf": [loss, {"type": "array", "items": loss, "minItems": 1}]},
         "train": {
             "type": "object",

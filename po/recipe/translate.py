@@ -13,7 +13,7 @@ from po.recipe.losses import OFF, Tree, listed
 from po.recipe.peers import HANDLERS
 from po.recipe.report import Report
 from po.recipe.text import Keys, show
-from po.spec import DataSpec, LoraSpec, ModelSpec, Recipe
+from po.spec import DataSpec, LoraSpec, ModelSpec, Recipe, RolloutSpec
 
 KEYS = tuple(hints(Recipe))
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -21,6 +21,7 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "lora": tuple(hints(LoraSpec)),
     "reference": ("from", "kind", "cache_dir"),
     "data": tuple(hints(DataSpec)),
+    "rollout": tuple(hints(RolloutSpec)),
 }
 
 
@@ -94,7 +95,7 @@ def expand(tree: Tree, report: Report) -> None:
             tree[section] = {first: tree[section]}
     if tree.get("lora") is False:
         tree["lora"] = None
-    for section in ("model", "lora", "reference", "data", "train"):
+    for section in ("model", "lora", "reference", "data", "rollout", "train"):
         if isinstance(tree.get(section), dict):
             tree[section] = dict(tree[section])
             _rename_inside(tree, section, report)
@@ -102,6 +103,9 @@ def expand(tree: Tree, report: Report) -> None:
         for split in ("train", "eval"):
             if tree["data"].get(split) is not None:
                 tree["data"][split] = [{"path": s} if isinstance(s, str) else s for s in listed(tree["data"][split])]
+    rollout = tree.get("rollout")
+    if isinstance(rollout, dict) and rollout.get("rewards") is not None:
+        rollout["rewards"] = [{"function": r} if isinstance(r, str) else r for r in listed(rollout["rewards"])]
     if tree.get("loss") is not None:
         tree["loss"] = [losses.term(t, ("loss", i), report) for i, t in enumerate(listed(tree["loss"]))]
 

