@@ -20,6 +20,7 @@ from po.heads.beta_dpo import BetaDPO
 from po.heads.bmc import BMC
 from po.heads.bvpo import BVPO
 from po.heads.cell import CELL
+from po.heads.copg import CoPG
 from po.heads.cpo import CPO
 from po.heads.cream import CREAM
 from po.heads.d2o import D2O
@@ -34,6 +35,8 @@ from po.heads.exo_pref import EXOPref
 from po.heads.exo_rw import EXORw
 from po.heads.fdpo import FDPO
 from po.heads.feasible_dpo import FeasibleDPO
+from po.heads.grpo import GRPO
+from po.heads.grpo2 import GRPO2
 from po.heads.hinge import Hinge
 from po.heads.hybrid_dpo import HybridDPO
 from po.heads.hypo_kl import HyPOKL
@@ -106,6 +109,7 @@ HEADS: dict[str, type[Head]] = {
     "bmc": BMC,
     "bvpo": BVPO,
     "cell": CELL,
+    "copg": CoPG,
     "cpo": CPO,
     "cream": CREAM,
     "d2o": D2O,
@@ -120,6 +124,8 @@ HEADS: dict[str, type[Head]] = {
     "exo_rw": EXORw,
     "fdpo": FDPO,
     "feasible_dpo": FeasibleDPO,
+    "grpo": GRPO,
+    "grpo2": GRPO2,
     "hinge": Hinge,
     "hybrid_dpo": HybridDPO,
     "hypo_kl": HyPOKL,
