@@ -29,6 +29,8 @@ class Batch:
     mismatch that is more than the tokens of the heads' responses, which own_T picks out. Numbers are fp32.
 
     own_T: int64 positions in the stream's token order of what heads see; None where that is everything.
+    old_T: log-probs under the policy that sampled; sampler_T: those that the sampler itself recorded, of responses that
+        this run has sampled. old_gates: the heads' own modules at that time. temperature: of all log-probs.
     other_U, other_group_U: the positions of the U mismatched tokens, and the group of each.
     candidate_ids_TM: what a teacher scored; -1, and -inf in teacher_TM and teacher_ref_TM, where it scored fewer.
     """
@@ -52,6 +54,9 @@ class Batch:
     candidate_ids_TM: Tensor | None = None
     teacher_TM: Tensor | None = None
     teacher_ref_TM: Tensor | None = None
+    sampler_T: Tensor | None = None
+    old_gates: Mapping[str, Tensor] = field(default_factory=dict)
+    temperature: float = 1.0
     pieces: tuple[Piece, ...] = ()  # the stream in parts, where it is more than one forward may hold
 
     def to(self, device: torch.device | str) -> Batch:
@@ -73,9 +78,11 @@ class Batch:
         candidate: Tensor | None = None,
         gates: Mapping[str, Tensor] | None = None,
         state: Mapping[str, Tensor] | None = None,
+        correction: Tensor | None = None,
+        progress: Tensor | None = None,
     ) -> HeadInput:
-        """What the heads see of this batch. All tensors per token are given over the whole stream. An empty policy_T
-        gives an input that is only good for counting its units."""
+        """What the heads see of this batch. All tensors per token are given over the whole stream, `correction` alone
+        over the heads' tokens. An empty policy_T gives an input that is only good for counting its units."""
 
         def own(x_T: Tensor | None) -> Tensor | None:
             return None if x_T is None else self.own(x_T)
@@ -100,6 +107,9 @@ class Batch:
             best_first=self.best_first,
             columns=self.columns,
             gates={name: self.own(gate_T) for name, gate_T in (gates or {}).items()},
+            old_gates={name: self.own(gate_T) for name, gate_T in self.old_gates.items()},
+            correction=correction,
+            progress=progress,
             state=state or {},
         )
 
@@ -132,6 +142,8 @@ class Collate:
     best_first: bool = False
     wanted: Wanted = NOTHING_MORE
     max_tokens: int | None = None  # of one forward
+    sampled: bool = False  # by this run, so that log-probs of rows are the sampler's own
+    temperature: float = 1.0
 
     def __call__(self, groups: Sequence[Group | tuple[Example, Item, bool]]) -> Batch:
         every = [Group(*g) if self.wanted.mismatch else Group(*g[:3]) for g in groups]
@@ -148,21 +160,23 @@ class Collate:
         places: dict[str, Any] = {}
         if self.wanted.mismatch:
             seg, places = _apart(stream.slot_T, valid_GK, [len(g.item.responses) for g in every])
-        ref_T = old_T = None
+        ref_T = logps_T = None
         if self.reference is not None:
             look = self.reference
             ref_T = _flat([look(p, r) for p, rs in ids for r in rs])
         if all(g.example.logps is not None for g in every):
-            old_T = _flat(per_token(every, [g.example.logps for g in every], 0.0))
+            logps_T = _flat(per_token(every, [g.example.logps for g in every], 0.0))
         return Batch(
             stream,
             seg,
             tuple(g.example.id for g in every),
             ref_T,
-            old_T,
+            None if self.sampled else logps_T,
             _grid([_pick(g.example.reward, g.item) for g in every], K, torch.float32),
             _grid([_pick(g.example.label, g.item) for g in every], K, torch.int64),
             self.best_first,
+            sampler_T=logps_T if self.sampled else None,
+            temperature=self.temperature,
             pieces=() if self.max_tokens is None else split(ids, self.max_tokens, width, lay),
             **places,
             **further(every, K, self.wanted),

@@ -84,5 +84,6 @@ def _through(slope: Tensor, logits: Tensor | None, shape: Shape) -> Tensor:
     """From the gradient with respect to logits to that of the head's output, in place."""
     if shape.softcap is not None:
         assert logits is not None
-        slope *= 1 - (logits / shape.softcap) ** 2
-    return slope if shape.scale == 1.0 else slope.mul_(shape.scale)
+        slope *= 1 - (logits * (shape.temperature / shape.softcap)) ** 2
+    factor = shape.scale / shape.temperature
+    return slope if factor == 1.0 else slope.mul_(factor)

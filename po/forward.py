@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from po.batch import Batch
+from po.behaviour import correction, with_behaviour
 from po.logprob import Scores, Want, score
 from po.pieces import Piece
 from po.ref_kinds import Reference
-from po.spec import Term
+from po.spec import Correction, Term
 from po.types import HeadInput
 
 
@@ -29,7 +30,13 @@ class Seen(NamedTuple):
 class Forward:
     """Runs the policy over a batch, and the reference where a head reads it and the batch does not bring it."""
 
-    def __init__(self, terms: Sequence[Term], reference: Reference | None) -> None:
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        reference: Reference | None,
+        correction: Correction = "none",
+        correction_cap: float = 1.0,
+    ) -> None:
         needs = [t.head.needs for t in terms]
         self._reference = reference if any(n.any_reference for n in needs) else None
         self._live = any(n.live_reference for n in needs)
@@ -37,6 +44,10 @@ class Forward:
         self._ref_hidden = any(n.hidden == "ref" for n in needs)
         self._gates = any(n.hidden is not None for n in needs)
         self._collision = any(n.collision for n in needs)
+        self._corrects = any(n.correction for n in needs)
+        self._progresses = any(n.progress for n in needs)
+        self._correction, self._cap = correction, correction_cap
+        self.progress = 0.0  # the share of the run's steps that are done
 
     def __call__(self, model: nn.Module, batch: Batch) -> Seen:
         """The whole batch, with gradient where that is on; a batch in pieces is for looking only."""
@@ -48,7 +59,7 @@ class Forward:
             ref_T = _together([r for _, r in found], batch.pieces, T)
         else:
             scores, ref_T = self._score(model, batch, None)
-        batch = replace(batch, ref_T=ref_T)
+        batch = with_behaviour(replace(batch, ref_T=ref_T), scores.logp_T, scores.gates)
         own = scores._replace(entropy_T=batch.own(scores.entropy_T), correct_T=batch.own(scores.correct_T))
         return Seen(self._input(batch, scores), own, batch, scores.logp_T)
 
@@ -64,13 +75,15 @@ class Forward:
             collision=scores.collision_T,
             candidate=scores.candidate_TM,
             gates=scores.gates,
+            correction=correction(batch, self._correction, self._cap) if self._corrects else None,
+            progress=scores.logp_T.new_tensor(self.progress) if self._progresses else None,
         )
 
     def _score(self, model: nn.Module, batch: Batch, piece: Piece | None) -> tuple[Scores, Tensor | None]:
         """Scores and the reference's log-probs of a piece, or of the one stream."""
         stream = batch.stream if piece is None else piece.stream
         ref_T, ids_TM = _cut(batch.ref_T, piece), _cut(batch.candidate_ids_TM, piece)
-        want = Want(entropy=True, collision=self._collision, candidate_TM=ids_TM, gates=self._gates)
+        want = Want(batch.temperature, entropy=True, collision=self._collision, candidate_TM=ids_TM, gates=self._gates)
         if self._reference is not None and (ref_T is None or self._live):
             one = replace(batch, stream=stream, ref_T=ref_T, pieces=())
             said = self._reference.parts(model, one, hidden=self._ref_hidden, kl=self._kl)

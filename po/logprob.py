@@ -34,10 +34,10 @@ def _linear_forward(head: nn.Linear, x: Tensor, target_T: Tensor | None = None, 
     return tuple(score_linear(head, x, target_T, **scoring))
 
 
-def _logit_shape(config: Any) -> Shape:
+def _logit_shape(config: Any, temperature: float) -> Shape:
     text = config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1.0) / float(getattr(text, "logits_scaling", None) or 1.0)
-    return Shape(scale, getattr(text, "final_logit_softcapping", None))
+    return Shape(scale, getattr(text, "final_logit_softcapping", None), temperature)
 
 
 def _scoring_forward(model: Any, *args: Any, at_T: Tensor | None = None, **kwargs: Any) -> Any:
@@ -48,7 +48,7 @@ def _scoring_forward(model: Any, *args: Any, at_T: Tensor | None = None, **kwarg
     with _hidden(model, at_T, want) as kept:
         hidden_NLD = model.base_model(*args, **call).last_hidden_state
     hidden_TD = hidden_NLD.flatten(0, 1)[at_T]
-    head, shape = model.get_output_embeddings(), _logit_shape(model.config)
+    head, shape = model.get_output_embeddings(), _logit_shape(model.config, want.temperature)
     if type(head) is nn.Linear:
         scores = Scores(*head(hidden_TD, target_T=target_T, want=want, shape=shape))
     else:
@@ -110,12 +110,12 @@ def install(model: nn.Module) -> None:
     model.forward = MethodType(_scoring_forward, model)
 
 
-def against(final_TD: Tensor, model: Any | None) -> Against:
+def against(final_TD: Tensor, model: Any | None, temperature: float = 1.0) -> Against:
     """What KL(reference || policy) is taken against: the final hidden states that `Want.final` gave of the reference,
     and the reference (a transformers model, PEFT on it or not); None for the policy itself with its adapter off."""
     if model is None:
         return Against(final_TD)
-    return Against(final_TD, model.get_output_embeddings(), _logit_shape(model.config))
+    return Against(final_TD, model.get_output_embeddings(), _logit_shape(model.config, temperature))
 
 
 def score(model: nn.Module, stream: Forest | Padded, want: Want | None = None, *, entropy: bool = False) -> Scores:

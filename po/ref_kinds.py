@@ -95,8 +95,8 @@ class AdapterOff:
 
 
 def _parts(model: nn.Module, batch: Batch, hidden: bool, kl: bool, head_of: nn.Module | None) -> RefParts:
-    seen = score(model, batch.stream, Want(hidden=hidden, final=kl))
-    target = None if seen.final_TD is None else against(seen.final_TD, head_of)
+    seen = score(model, batch.stream, Want(batch.temperature, hidden=hidden, final=kl))
+    target = None if seen.final_TD is None else against(seen.final_TD, head_of, batch.temperature)
     return RefParts(seen.logp_T.float(), seen.hidden_TLD, target)
 
 

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 
 class Shape(NamedTuple):
-    """What a model does to its head's output before the softmax: logits = cap * tanh(scale * raw / cap)."""
+    """What becomes of a head's output before the softmax: logits = cap * tanh(scale * raw / cap) / temperature."""
 
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     def logits(self, raw: Tensor) -> Tensor:
         """The logits from the head's raw output, in fp32 (float64 stays)."""
@@ -23,7 +24,7 @@ class Shape(NamedTuple):
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        return logits if self.temperature == 1.0 else logits / self.temperature
 
 
 class Against(NamedTuple):
@@ -41,6 +42,7 @@ class Against(NamedTuple):
 class Want:
     """What to give besides log-probs and hits. Hidden states have no gradient unless `hidden_gradient` asks for it."""
 
+    temperature: float = 1.0  # everything is that of softmax(logits / temperature)
     entropy: bool = False
     collision: bool = False
     candidate_TM: Tensor | None = None  # int64 token ids whose log-probs are wanted, -1 for none

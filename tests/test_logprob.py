@@ -16,7 +16,7 @@ from po import head_chunks
 from po.attention import using
 from po.errors import NumericsError
 from po.forest import pad, plant
-from po.logprob import install, score
+from po.logprob import Want, install, score
 from po.sharing import share
 
 GROUPS = ragged(groups=3)
@@ -55,6 +55,24 @@ def test_exact_in_float64(family: str):
                 assert found_T.dtype == torch.float64
                 assert furthest([found_T], [logp_T]) < 1e-12
                 assert furthest(gradients(model, found_T), grads) < 1e-12 * max(1, biggest)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_a_temperature_divides_the_logits(family: str):
+    """Also behind a logit scale and soft-capping; log-probs, entropy and gradients."""
+    model = tiny(family)
+    with Float64():
+        model.set_attn_implementation(own_attention(family))
+        logp_T = plain(model, GROUPS, temperature=0.7)
+        grads = gradients(model, logp_T)
+        install(model)
+        share(model)
+        found = score(model, FOREST, Want(0.7, entropy=True))
+        assert furthest([found.logp_T], [logp_T]) < 1e-12
+        assert furthest(gradients(model, found.logp_T), grads) < 1e-12 * max(
+            1, max(float(g.abs().max()) for g in grads)
+        )
+    assert (found.entropy_T < score(model, FOREST, Want(entropy=True)).entropy_T).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2"])

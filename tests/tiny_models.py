@@ -80,14 +80,14 @@ def ragged(seed: int = 0, groups: int = 5, prompt: int = 14, response: int = 11,
     return out
 
 
-def plain(model: Any, groups: Sequence[Group]) -> Tensor:
+def plain(model: Any, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
     """log pi of every response token, (T,), from one forward per response through the model's own head."""
     parts = []
     for prompt, responses in groups:
         for r in responses:
             logits = model(input_ids=torch.tensor([[*prompt, *r]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
             logits = logits if logits.dtype == torch.float64 else logits.float()
-            parts.append(logits.log_softmax(-1).gather(-1, torch.tensor(r)[:, None])[:, 0])
+            parts.append((logits / temperature).log_softmax(-1).gather(-1, torch.tensor(r)[:, None])[:, 0])
     return torch.cat(parts)
 
 
