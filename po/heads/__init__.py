@@ -20,16 +20,19 @@ from po.heads.beta_dpo import BetaDPO
 from po.heads.bmc import BMC
 from po.heads.bvpo import BVPO
 from po.heads.cell import CELL
+from po.heads.cispo import CISPO
 from po.heads.copg import CoPG
 from po.heads.cpo import CPO
 from po.heads.cream import CREAM
 from po.heads.d2o import D2O
+from po.heads.dapo import DAPO
 from po.heads.dbaql import DBAQL
 from po.heads.dckd import DCKD
 from po.heads.discopop import DiscoPOP
 from po.heads.dpo import DPO
 from po.heads.dpo_norm import DPONorm
 from po.heads.dpop import DPOP
+from po.heads.dr_grpo import DrGRPO
 from po.heads.dro_v import DROV
 from po.heads.exo_pref import EXOPref
 from po.heads.exo_rw import EXORw
@@ -37,6 +40,8 @@ from po.heads.fdpo import FDPO
 from po.heads.feasible_dpo import FeasibleDPO
 from po.heads.grpo import GRPO
 from po.heads.grpo2 import GRPO2
+from po.heads.grpo_kl import GRPOKL
+from po.heads.gspo import GSPO
 from po.heads.hinge import Hinge
 from po.heads.hybrid_dpo import HybridDPO
 from po.heads.hypo_kl import HyPOKL
@@ -45,6 +50,7 @@ from po.heads.ipo import IPO
 from po.heads.irpo_incontext import IRPOInContext
 from po.heads.kto import KTO
 from po.heads.ld_dpo import LDDPO
+from po.heads.luspo import LUSPO
 from po.heads.mapo import MaPO
 from po.heads.mdpo_multisample import MDPOMultisample
 from po.heads.mipo_multisample import MIPOMultisample
@@ -109,16 +115,19 @@ HEADS: dict[str, type[Head]] = {
     "bmc": BMC,
     "bvpo": BVPO,
     "cell": CELL,
+    "cispo": CISPO,
     "copg": CoPG,
     "cpo": CPO,
     "cream": CREAM,
     "d2o": D2O,
+    "dapo": DAPO,
     "dbaql": DBAQL,
     "dckd": DCKD,
     "discopop": DiscoPOP,
     "dpo": DPO,
     "dpo_norm": DPONorm,
     "dpop": DPOP,
+    "dr_grpo": DrGRPO,
     "dro_v": DROV,
     "exo_pref": EXOPref,
     "exo_rw": EXORw,
@@ -126,6 +135,8 @@ HEADS: dict[str, type[Head]] = {
     "feasible_dpo": FeasibleDPO,
     "grpo": GRPO,
     "grpo2": GRPO2,
+    "grpo_kl": GRPOKL,
+    "gspo": GSPO,
     "hinge": Hinge,
     "hybrid_dpo": HybridDPO,
     "hypo_kl": HyPOKL,
@@ -134,6 +145,7 @@ HEADS: dict[str, type[Head]] = {
     "irpo_incontext": IRPOInContext,
     "kto": KTO,
     "ld_dpo": LDDPO,
+    "luspo": LUSPO,
     "mapo": MaPO,
     "mdpo_multisample": MDPOMultisample,
     "mipo_multisample": MIPOMultisample,
