@@ -117,3 +117,22 @@ def leave_one_out(x: Tensor, where: Tensor) -> Tensor:
     n = where.sum(-1, keepdim=True)
     others = masked_center(x, where) * n / (n - 1).clamp(min=1)
     return torch.where(n > 1, others, torch.where(where, x, 0))
+
+
+def later_sums(x_T: Tensor, slot_T: Tensor, decay: float = 1.0) -> Tensor:
+    """x_t + decay x_{t+1} + decay^2 x_{t+2} + ... to the end of the response that owns t, whose tokens stand together.
+    By doubling: after n rounds each sum reaches 2^n tokens far; decay never has a negative exponent."""
+    span = 1
+    while span < x_T.numel():
+        ahead_T = torch.where(slot_T[span:] == slot_T[:-span], decay**span * x_T[span:], 0)
+        x_T = x_T + torch.cat([ahead_T, torch.zeros_like(x_T[:span])])
+        span *= 2
+    return x_T
+
+
+def whiten(x: Tensor, where: Tensor, unbiased: bool = False) -> Tensor:
+    """The True entries of the last axis at mean 0 and variance 1, which is taken as at least 1e-8; 0 elsewhere."""
+    center = masked_center(x, where)
+    n = where.sum(-1, keepdim=True)
+    var = center.square().sum(-1, keepdim=True) / (n - int(unbiased)).clamp(min=1)
+    return center * var.clamp(min=1e-8).rsqrt()

@@ -16,9 +16,11 @@ from po.heads.aqfl import AQFL
 from po.heads.aql import AQL
 from po.heads.bco import BCO
 from po.heads.bco_matched import BCOMatched
+from po.heads.bcpg_nsa import BCPGNSA
 from po.heads.beta_dpo import BetaDPO
 from po.heads.bmc import BMC
 from po.heads.bvpo import BVPO
+from po.heads.capo import CAPO
 from po.heads.cell import CELL
 from po.heads.cispo import CISPO
 from po.heads.copg import CoPG
@@ -38,6 +40,7 @@ from po.heads.exo_pref import EXOPref
 from po.heads.exo_rw import EXORw
 from po.heads.fdpo import FDPO
 from po.heads.feasible_dpo import FeasibleDPO
+from po.heads.gcpo_gold import GCPOGold
 from po.heads.grpo import GRPO
 from po.heads.grpo2 import GRPO2
 from po.heads.grpo_kl import GRPOKL
@@ -58,6 +61,7 @@ from po.heads.mpo_multi import MPOMulti
 from po.heads.nat import NAT
 from po.heads.nca import NCA
 from po.heads.neg_distill import NegDistill
+from po.heads.nft import NFT
 from po.heads.npo import NPO
 from po.heads.npo_kl import NPOKL
 from po.heads.npo_nll import NPONLL
@@ -66,16 +70,21 @@ from po.heads.padll import PADLL
 from po.heads.pfl import PFL
 from po.heads.plackett_luce import PlackettLuce
 from po.heads.pmpo import PMPO
+from po.heads.ppo import PPO
 from po.heads.prob_sft import ProbSFT
 from po.heads.prob_sft_threshold import ProbSFTThreshold
 from po.heads.ranklist import RankList
 from po.heads.rdpo import RDPO
 from po.heads.redi import REDI
 from po.heads.refa import REFA
+from po.heads.reinforce_pp import ReinforcePP
+from po.heads.rloo import RLOO
+from po.heads.rloo_ref_free import RLOORefFree
 from po.heads.rpo_contrast import RPOContrast
 from po.heads.rpo_contrast_unpaired import RPOContrastUnpaired
 from po.heads.rpo_diagonal import RPODiagonal
 from po.heads.rpo_sft import RPOSft
+from po.heads.sapo import SAPO
 from po.heads.selm import SELM
 from po.heads.sem_dpo import SemDPO
 from po.heads.sft import SFT
@@ -90,6 +99,7 @@ from po.heads.tdpo2 import TDPO2
 from po.heads.topr import TOPR
 from po.heads.tpo_l import TPOL
 from po.heads.tpo_triple import TPOTriple
+from po.heads.vespo import VESPO
 from po.heads.wpo import WPO
 from po.heads.wpo_unaligned import WPOUnaligned
 from po.types import Head
@@ -111,9 +121,11 @@ HEADS: dict[str, type[Head]] = {
     "aql": AQL,
     "bco": BCO,
     "bco_matched": BCOMatched,
+    "bcpg_nsa": BCPGNSA,
     "beta_dpo": BetaDPO,
     "bmc": BMC,
     "bvpo": BVPO,
+    "capo": CAPO,
     "cell": CELL,
     "cispo": CISPO,
     "copg": CoPG,
@@ -133,6 +145,7 @@ HEADS: dict[str, type[Head]] = {
     "exo_rw": EXORw,
     "fdpo": FDPO,
     "feasible_dpo": FeasibleDPO,
+    "gcpo_gold": GCPOGold,
     "grpo": GRPO,
     "grpo2": GRPO2,
     "grpo_kl": GRPOKL,
@@ -153,6 +166,7 @@ HEADS: dict[str, type[Head]] = {
     "nat": NAT,
     "nca": NCA,
     "neg_distill": NegDistill,
+    "nft": NFT,
     "npo": NPO,
     "npo_kl": NPOKL,
     "npo_nll": NPONLL,
@@ -161,16 +175,21 @@ HEADS: dict[str, type[Head]] = {
     "pfl": PFL,
     "plackett_luce": PlackettLuce,
     "pmpo": PMPO,
+    "ppo": PPO,
     "prob_sft": ProbSFT,
     "prob_sft_threshold": ProbSFTThreshold,
     "ranklist": RankList,
     "rdpo": RDPO,
     "redi": REDI,
     "refa": REFA,
+    "reinforce_pp": ReinforcePP,
+    "rloo": RLOO,
+    "rloo_ref_free": RLOORefFree,
     "rpo_contrast": RPOContrast,
     "rpo_contrast_unpaired": RPOContrastUnpaired,
     "rpo_diagonal": RPODiagonal,
     "rpo_sft": RPOSft,
+    "sapo": SAPO,
     "selm": SELM,
     "sem_dpo": SemDPO,
     "sft": SFT,
@@ -185,6 +204,7 @@ HEADS: dict[str, type[Head]] = {
     "topr": TOPR,
     "tpo_l": TPOL,
     "tpo_triple": TPOTriple,
+    "vespo": VESPO,
     "wpo": WPO,
     "wpo_unaligned": WPOUnaligned,
 }
