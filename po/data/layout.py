@@ -30,13 +30,17 @@ def arrange(
     """
     _check_margin(rule, margin)
     examples = light(examples)
-    items, line = _arrange(examples, layout, rule, margin, seed)
+    items, line = items_of(examples, layout, rule, margin, seed)
+    if not items:
+        do = ". Choose another data.pairing" if layout == "pair" else ""
+        raise UserError(f"the data gives nothing to train on: {line}{do}")
     return with_others(examples, items, seed) if mismatch else items, line
 
 
-def _arrange(
+def items_of(
     examples: Sequence[Example], layout: Layout, rule: PairRule, margin: float | None, seed: int
 ) -> tuple[list[Item], str]:
+    """As `arrange`, where nothing may be left as well."""
     match layout:
         case "pair":
             return _arrange_pairs(examples, rule, margin, seed)
@@ -58,8 +62,6 @@ def _arrange(
             items = [Item(i, (k,)) for i, e in enumerate(examples) for k in _best(e)]
             left = len(examples) - len(items)
             line = f"the best response of {len(items)} rows" + (f"; {left} undesirable ones left out" if left else "")
-    if not items:
-        raise UserError(f"the data gives nothing to train on: {line}")
     return items, line
 
 
@@ -110,10 +112,7 @@ def _arrange_pairs(
     if sets:
         closer = f", {near} closer than {margin:g}" if margin is not None else ""
         said.append(f"{derived} pairs derived from {sets} sets by {rule} ({ties} ties{closer} made none)")
-    line = "; ".join(said) or "no rows"
-    if not items:
-        raise UserError(f"the data gives nothing to train on: {line}. Choose another data.pairing")
-    return items, line
+    return items, "; ".join(said) or "no rows"
 
 
 def _pairs(e: Example, score: Sequence[float], rule: PairRule, seed: int) -> Pairs:
