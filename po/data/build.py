@@ -126,8 +126,9 @@ class Build:
 
     def _warnings(self) -> Iterator[str]:
         c, tokenizer = self.tally.counts, self.encode.tokenizer
-        if c["responses_kept"] and c["responses_stop"] / c["responses_kept"] < _STOPS:
-            share = c["responses_stop"] / c["responses_kept"]
+        ending = c["responses_kept"] - c["responses_open"]
+        if ending and c["responses_stop"] / ending < _STOPS:
+            share = c["responses_stop"] / ending
             yield f"only {share:.1%} of the responses end with a stop token; the model may not learn to stop"
         if c["responses_eos_added"]:
             eos = tokenizer.eos_token

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from po.data.messages import is_message
 from po.data.report import NOTHING, Faults, Say, describe
 from po.data.view import Candidate, View
 from po.data.wanted import Wanted
@@ -13,7 +14,7 @@ from po.spec import RankOrder
 
 CONTENT = ("content", "response", "text", "completion", "answer")
 SCORE = ("reward", "score", "overall_score")
-_NAMED = ("rank", "label", "logps", "embedding", "teacher")
+_NAMED = ("rank", "label", "logps", "embedding", "teacher", "token_ids", "ended")
 UNLABELLED = Say("null")  # a label that is null where heads take unlabelled responses
 NO_ORDER = "rank_order in the recipe's source: lower_is_better or higher_is_better"
 
@@ -34,11 +35,22 @@ def from_object(data: Mapping[str, Any], field: str, wanted: Wanted) -> Candidat
         data.get("rank"),
         label(data.get("label", NOTHING), wanted),
         data.get("logps"),
-        data.get("model", data.get("source")),
+        data.get("model", data.get("source", data.get("sampler"))),
         data.get("embedding") if wanted.embedding else None,
         data.get("teacher") if wanted.teacher else None,
+        data.get("token_ids"),
+        data.get("ended"),
         {"reward": f"{field}.{at}"} | {name: f"{field}.{name}" for name in _NAMED},
     )
+
+
+def listed(name: str, values: Sequence[Any], wanted: Wanted) -> list[Candidate]:
+    """The responses of a list: texts, lists of messages, or objects that carry their own reward, rank or label."""
+    found = []
+    for k, v in enumerate(values):
+        plain = not isinstance(v, dict) or is_message(v)
+        found.append(Candidate(f"{name}[{k}]", v) if plain else from_object(v, f"{name}[{k}]", wanted))
+    return found
 
 
 def label(value: object, wanted: Wanted) -> object:

@@ -6,14 +6,12 @@ UltraFeedback, LLaMA-Factory, ms-swift, axolotl, HH-RLHF. docs/data.md has one e
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from po.data import extras, facts
-from po.data.messages import is_message
-from po.data.prompts import PROMPTS, find_prompt, join
+from po.data import beside, extras, facts, online
+from po.data.prompts import PROMPTS, alone, find_prompt, join
 from po.data.read import Record
 from po.data.report import NOTHING, Faults, Problem, Say
 from po.data.rows import Response, Row
@@ -24,13 +22,14 @@ from po.spec import Source
 
 CHOSEN = ("chosen", "chosen_response")
 REJECTED = ("rejected", "rejected_response", "rejected_messages")
+_SIDES = (*CHOSEN, *REJECTED)
 SET = ("responses", "completions", "answers")
 ONE = ("completion", "response", "output", "answer")
 REWARDS = ("rewards", "scores", "reward", "score")
 RANKS = ("ranks", "rank")
 LABELS = ("label", "labels", "kto_tag")
 UNSUPPORTED = ("images", "image", "videos", "audios", "rejected_images")
-OTHERS = ("id", "system", "history", "tools", "chat_template_kwargs")
+OTHERS = ("id", "system", "history", "tools", "chat_template_kwargs", "prompt_ids", "tokenizer")
 PAIR_SCORES = tuple(p.format(s) for s in ("score", "reward", "rating") for p in ("{}_{{}}", "{{}}_{}", "{{}}-{}"))
 _SCORED = tuple(pattern.format(side) for pattern in PAIR_SCORES for side in ("chosen", "rejected"))
 KNOWN = (*PROMPTS, *CHOSEN, *REJECTED, *SET, *ONE, *REWARDS, *RANKS, *LABELS, *OTHERS, *_SCORED)
@@ -67,46 +66,76 @@ def convert(record: Record, source: Source, wanted: Wanted = NOTHING_MORE) -> Co
     if record.data is None:
         return Converted(None, (record.problem,) if record.problem else (), "unreadable", ())
     faults = Faults(record.where)
-    view = View(_renamed(record.data, source.columns, faults), source, faults, wanted=wanted)
+    view = View(beside.renamed(record.data, source.columns, faults), source, faults, wanted=wanted)
     for name in UNSUPPORTED:
         if view.get(name):
             faults.add(name, "no images, sound or video (po trains on text)", view.data[name])
-    row = _row(view, record.where)
+    row = _row(view, record)
     name = ", ".join(dict.fromkeys(view.notes)) or "unknown"
-    unused = tuple(k for k in view.data if k not in view.used and view.data[k] is not None)
+    unread = () if wanted.prompts else view.data
+    unused = tuple(k for k in unread if k not in view.used and view.data[k] is not None)
     return Converted(None if faults.found else row, tuple(faults.found), name, unused)
 
 
-def _row(view: View, where: str) -> Row | None:
-    faults = view.faults
-    chosen_first = view.has(CHOSEN) or view.has(REJECTED)
-    if chosen_first:
-        candidates = _pair(view)
-    elif view.has(SET):
-        candidates = _set(view)
-    else:
-        candidates = _single(view)
+def _row(view: View, record: Record) -> Row | None:
+    faults, where, prompts = view.faults, record.where, view.wanted.prompts
+    chosen_first = any(view.data.get(n) is not None for n in _SIDES) if prompts else view.has(_SIDES)
+    candidates = _candidates(view, chosen_first)
     prompt = find_prompt(view, candidates)
-    tools, kwargs, row_id = _tools(view), _kwargs(view), _id(view, where)
+    tools, kwargs, row_id = beside.tools(view), beside.template_kwargs(view), beside.row_id(view, where)
+    made = _facts(view, candidates, chosen_first)
+    sampled = beside.sampled(view, candidates)
+    prompt_embedding, columns = extras.read_prompt_embedding(view), extras.read_columns(view)
+    lacking = not chosen_first and len(candidates) > 1 and not faults.found and not prompts
+    if lacking and made[0]["reward"] is None and made[0]["label"] is None:
+        faults.add(view.notes[1], "a reward, a rank or a label on every response", Say("none"))
+    if any(c.rank is not None for c in candidates) and not any(c.reward is not None for c in candidates):
+        view.notes.append("ranks")
+    joined = alone(view, prompt) if prompts and not candidates else join(view, prompt, candidates)
+    if not sampled and not prompts:  # a sampler may repeat itself
+        _different(view, candidates, joined[1] if joined else [c.value for c in candidates])
+    if joined is None or faults.found:
+        return None
+    responses = tuple(Response(content, **one) for content, one in zip(joined[1], made))
+    if prompts:
+        sampled["record"] = online.as_record(record.data or {}, view.data, joined[0])
+    meta = {k: v for k, v in view.data.items() if k not in view.used}
+    return Row(
+        row_id, where, joined[0], responses, tools, kwargs, meta, chosen_first, prompt_embedding, columns, **sampled
+    )
+
+
+def _candidates(view: View, chosen_first: bool) -> list[Candidate]:
+    """The responses that the record holds, unchecked."""
+    if chosen_first:
+        return _pair(view)
+    if view.wanted.prompts:
+        view.notes.append("prompt")
+        candidates = online.own_responses(view)
+        online.scored(view, candidates, REWARDS, LABELS)
+        return candidates
+    return _set(view) if view.has(SET) else _single(view)
+
+
+def _facts(view: View, candidates: Sequence[Candidate], chosen_first: bool) -> list[dict[str, Any]]:
+    """What is said about each response, by the names of Response's fields."""
+    faults = view.faults
     scored = facts.rewards(candidates, view.source.rank_order, faults) if candidates else []
     labelled = facts.labels(candidates, faults) if candidates and not chosen_first else [None] * len(candidates)
     logps = [facts.logps(c, faults) for c in candidates]
     facts.complete(candidates, "logps", "the sampler's log-probs", faults)
-    embeddings, teachers = extras.read_embeddings(candidates, faults), extras.read_teachers(candidates, faults)
-    prompt_embedding, columns = extras.read_prompt_embedding(view), extras.read_columns(view)
-    if not chosen_first and len(candidates) > 1 and not faults.found and scored[0] is None and labelled[0] is None:
-        faults.add(view.notes[1], "a reward, a rank or a label on every response", Say("none"))
-    if any(c.rank is not None for c in candidates) and not any(c.reward is not None for c in candidates):
-        view.notes.append("ranks")
-    joined = join(view, prompt, candidates)
-    _different(view, candidates, joined[1] if joined else [c.value for c in candidates])
-    if joined is None or faults.found:
-        return None
-    writers = [None if c.source is None else str(c.source) for c in candidates]
-    made = zip(joined[1], scored, labelled, logps, writers, embeddings, teachers)
-    responses = tuple(Response(*facts_of_one) for facts_of_one in made)
-    meta = {k: v for k, v in view.data.items() if k not in view.used}
-    return Row(row_id, where, joined[0], responses, tools, kwargs, meta, chosen_first, prompt_embedding, columns)
+    facts.complete(candidates, "token_ids", "token ids", faults)
+    lists = {
+        "reward": scored,
+        "label": labelled,
+        "logps": logps,
+        "source": [None if c.source is None else str(c.source) for c in candidates],
+        "embedding": extras.read_embeddings(candidates, faults),
+        "teacher": extras.read_teachers(candidates, faults),
+        "token_ids": [beside.token_ids(c.token_ids, c.at("token_ids"), faults) for c in candidates],
+        "ended": [beside.ended(c, faults) for c in candidates],
+    }
+    return [dict(zip(lists, one)) for one in zip(*lists.values())]
 
 
 def _different(view: View, candidates: Sequence[Candidate], contents: Sequence[object]) -> None:
@@ -132,32 +161,30 @@ def _pair(view: View) -> list[Candidate]:
     for c in sides:
         if c.value is None:
             c.value = None if c.field in view.data else NOTHING
-    for pattern in PAIR_SCORES:
+    for pattern in () if view.wanted.prompts else PAIR_SCORES:
         scores = [pattern.format(side) for side in ("chosen", "rejected")]
         if any(view.data.get(n) is not None for n in scores):
             for c, n in zip(sides, scores):
                 c.reward, c.fields = view.get(n), {"reward": n}
             view.notes.append("rewards")
             break
-    extras.attach(view, sides, "{}_{}", ("chosen", "rejected"))
+    if not view.wanted.prompts:
+        extras.attach(view, sides, "{}_{}", ("chosen", "rejected"))
     return sides
 
 
 def _set(view: View) -> list[Candidate]:
-    """K responses under one name: texts, lists of messages, or objects that carry their own reward, rank or label."""
+    """K responses under one name."""
     name = next(n for n in SET if n in view.data)
     view.notes += ["set", name]
     value = view.get(name)
     if not isinstance(value, list | tuple):
         view.faults.add(name, "a list of responses", value)
         return []
-    candidates = []
-    for k, v in enumerate(value):
-        plain = not isinstance(v, dict) or is_message(v)
-        candidates.append(Candidate(f"{name}[{k}]", v) if plain else facts.from_object(v, f"{name}[{k}]", view.wanted))
-    beside = [("reward", REWARDS), ("rank", RANKS), ("label", LABELS)]
-    beside += [(fact, (name,)) for fact, name in extras.BESIDE.items() if getattr(view.wanted, fact)]
-    for fact, names in beside:
+    candidates = facts.listed(name, value, view.wanted)
+    lists = [("reward", REWARDS), ("rank", RANKS), ("label", LABELS)]
+    lists += [(fact, (name,)) for fact, name in extras.BESIDE.items() if getattr(view.wanted, fact)]
+    for fact, names in lists:
         found = view.first(names)
         if found:
             facts.parallel(candidates, fact, *found, view)
@@ -191,46 +218,3 @@ def _single(view: View) -> list[Candidate]:
     one.fields = {"label": label[0] if label else "label", "reward": reward[0] if reward else "reward"}
     extras.attach(view, [one], "{1}", [""])
     return [one]
-
-
-def _renamed(data: Mapping[str, Any], columns: Mapping[str, str], faults: Faults) -> dict[str, Any]:
-    out = {k: v for k, v in data.items() if k not in columns.values()}
-    for ours, theirs in columns.items():
-        if theirs in data:
-            out[ours] = data[theirs]
-        else:
-            faults.add(theirs, f"a column (the recipe's `columns` reads {ours} from it)", NOTHING)
-    return out
-
-
-def _id(view: View, where: str) -> str:
-    value = view.get("id")
-    if value is None:
-        return where
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        view.faults.add("id", "text or an integer", value)
-    return str(value)
-
-
-def _tools(view: View) -> tuple[Any, ...] | None:
-    value = view.get("tools")
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            view.faults.add("tools", "a list of objects, or JSON text of one", value)
-            return None
-    if not value:
-        return None
-    if not isinstance(value, list | tuple) or not all(isinstance(t, dict) for t in value):
-        view.faults.add("tools", "a list of objects, or JSON text of one", value)
-        return None
-    return tuple(value)
-
-
-def _kwargs(view: View) -> Mapping[str, Any]:
-    value = view.get("chat_template_kwargs")
-    if value is None or isinstance(value, dict):
-        return value or {}
-    view.faults.add("chat_template_kwargs", "an object", value)
-    return {}

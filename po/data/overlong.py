@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
-from po.data.messages import Messages
+from po.data.finish import example_of
 from po.data.report import Problem
-from po.data.rows import Example, Response, Row
-from po.data.tokenize import Encoder, Ids, RowFaultError
+from po.data.rows import Example, Row
+from po.data.shorten import least_prompt, shortened
+from po.data.tokenize import Coded, Encoder, Ids, RowFaultError
 from po.spec import Overlong
 
 Fate = Literal["kept", "bad", "overlong", "identical", "empty"]
@@ -59,6 +59,8 @@ class _Draft:
 
     def least(self) -> int:
         """How many responses the row must keep to be worth anything."""
+        if self.row.kind == "prompt":
+            return 0
         return len(self.row.responses) if self.row.is_pair else 2 if self.row.kind == "set" else 1
 
     def drop(self, ks: Sequence[int], why: Fate) -> None:
@@ -73,20 +75,24 @@ def settle(row: Row, encode: Encoder, limits: Limits) -> Outcome:
     """Tokenize a row and apply the policy. Never raises for a row's own fault; UserError for an unfit tokenizer."""
     try:
         coded = encode(row)
-        out = Outcome("kept", length=len(coded.prompt_ids) + max(map(len, coded.response_ids)))
+        out = Outcome("kept", length=len(coded.prompt_ids) + max(map(len, coded.response_ids), default=0))
         draft = _Draft(row, coded.prompt_ids, dict(enumerate(coded.response_ids)))
-        _drop_empty(draft, encode, out)
-        if draft.fate == "kept":
-            _fit(draft, encode, limits, out)
+        if row.kind == "prompt":
+            _fit_prompt(draft, coded, encode, limits, out)
+        else:
+            _drop_empty(draft, encode, out)
+            if draft.fate == "kept":
+                _fit(draft, encode, limits, out)
     except RowFaultError as e:
         return Outcome("bad", problem=e.problem)
-    if draft.fate == "kept":
+    if draft.fate == "kept" and row.kind != "prompt":
         _drop_identical(draft, out)
     out.fate = draft.fate
     line = f"{row.where}: {'; '.join(draft.notes)}"
     if out.fate != "kept":
         return replace(out, counts=Counter(), lines={out.fate: line})  # its responses are not counted one by one
-    _keep(draft, encode, out)
+    out.example = example_of(row, draft.prompt_ids, draft.response_ids)
+    _count(draft, encode, out)
     if draft.notes:
         out.note("cut", line)
     if coded.merged:
@@ -134,7 +140,7 @@ def _drop_long(draft: _Draft, long: Sequence[int], room: int, out: Outcome) -> N
 def _cut_prompt(draft: _Draft, encode: Encoder, limits: Limits, out: Outcome) -> None:
     """Shorten the prompt from the left until its longest response fits. A response that does not fit behind the
     shortest possible prompt goes as under `drop`."""
-    least = _least_prompt(draft, encode)
+    least = least_prompt(draft.row, draft.prompt_ids, encode)
     if least > limits.prompt_room():
         draft.fate = "overlong"
         draft.notes.append(f"the prompt cannot be cut below {least} tokens, room is {limits.prompt_room()}")
@@ -143,54 +149,44 @@ def _cut_prompt(draft: _Draft, encode: Encoder, limits: Limits, out: Outcome) ->
     _drop_long(draft, [k for k, ids in draft.response_ids.items() if len(ids) > room], room, out)
     if draft.fate != "kept":
         return
-    room = min(limits.prompt_room(), limits.max_length - max(map(len, draft.response_ids.values())))
+    room = min(limits.prompt_room(), limits.max_length - max(map(len, draft.response_ids.values()), default=0))
     if len(draft.prompt_ids) > room:
         before = len(draft.prompt_ids)
-        _cut_prompt_to(draft, encode, room)
+        draft.prompt_ids, rendered = shortened(draft.row, draft.prompt_ids, encode, room)
+        draft.response_ids = {k: rendered.get(k, ids) for k, ids in draft.response_ids.items()}
         draft.notes.append(f"prompt cut from {before} to {len(draft.prompt_ids)} tokens")
         out.counts["prompts_cut"] += 1
 
 
-def _least_prompt(draft: _Draft, encode: Encoder) -> int:
-    """Tokens of the shortest prompt: BOS and one token of text, or the system message and the last user turn."""
-    if isinstance(draft.row.prompt, str):
-        return min(len(encode.lead) + 1, len(draft.prompt_ids))
-    starts = _later_turns(draft.row.prompt)
-    return len(encode(_from_turn(draft.row, starts[-1])).prompt_ids) if starts else len(draft.prompt_ids)
+def _fit_prompt(draft: _Draft, coded: Coded, encode: Encoder, limits: Limits, out: Outcome) -> None:
+    """A prompt for a sampler must fit by itself; of the row's own responses stay those that can be scored after it."""
+    if coded.apart:
+        named = ", ".join(map(str, coded.apart))
+        out.note("apart", f"{draft.row.where}: responses[{named}]")
+    own, draft.response_ids = draft.response_ids, {}
+    if limits.overlong == "truncate_prompt" and len(draft.prompt_ids) > limits.prompt_room():
+        _cut_prompt(draft, encode, limits, out)
+    elif len(draft.prompt_ids) > limits.prompt_room():
+        draft.fate = "overlong"
+        draft.notes.append(f"the prompt has {len(draft.prompt_ids)} tokens, room is {limits.prompt_room()}")
+    room = limits.max_length - len(draft.prompt_ids)
+    draft.response_ids = {k: ids for k, ids in own.items() if 0 < len(ids) <= room}
+    out.counts["responses_overlong"] += sum(len(ids) > room for ids in own.values())
 
 
-def _cut_prompt_to(draft: _Draft, encode: Encoder, room: int) -> None:
-    """Text: BOS and the last tokens. Messages: without the oldest turns, rendered anew, so the header stays whole."""
-    if isinstance(draft.row.prompt, str):
-        lead = encode.lead if draft.prompt_ids[: len(encode.lead)] == encode.lead else ()
-        draft.prompt_ids = lead + draft.prompt_ids[len(draft.prompt_ids) - (room - len(lead)) :]
-        return
-    for start in _later_turns(draft.row.prompt):
-        coded = encode(_from_turn(draft.row, start))
-        if len(coded.prompt_ids) <= room:
-            draft.prompt_ids = coded.prompt_ids
-            draft.response_ids = {k: coded.response_ids[k] for k in draft.response_ids}
-            return
-    raise AssertionError("the last turn alone was found to fit")
-
-
-def _later_turns(prompt: Messages) -> list[int]:
-    """Where each user turn but the first begins."""
-    return [i for i, m in enumerate(prompt) if m["role"] == "user"][1:]
-
-
-def _from_turn(row: Row, start: int) -> Row:
-    head = tuple(itertools.takewhile(lambda m: m["role"] in ("system", "developer"), _talk(row)))
-    return replace(row, prompt=(*head, *_talk(row)[start:]))
-
-
-def _talk(row: Row) -> Messages:
-    assert not isinstance(row.prompt, str)
-    return row.prompt
+def _count(draft: _Draft, encode: Encoder, out: Outcome) -> None:
+    """How the responses that are kept end."""
+    out.counts["responses_kept"] += len(draft.response_ids)
+    for k, ids in draft.response_ids.items():
+        if encode.stops_at_end(ids):
+            out.counts["responses_stop"] += 1
+        elif not draft.row.responses[k].ended:
+            out.counts["responses_open"] += 1
 
 
 def _drop_empty(draft: _Draft, encode: Encoder, out: Outcome) -> None:
-    nothing = ((), (encode.eos,)) if isinstance(draft.row.prompt, str) else ((),)
+    said = isinstance(draft.row.prompt, str) and draft.row.prompt_ids is None  # a sampler may say nothing
+    nothing = ((), (encode.eos,)) if said else ((),)
     empty = [k for k, ids in draft.response_ids.items() if ids in nothing]
     draft.notes += [f"responses[{k}] has no tokens" for k in empty]
     draft.drop(empty, "empty")
@@ -208,39 +204,3 @@ def _drop_identical(draft: _Draft, out: Outcome) -> None:
             same.append(k)
     draft.drop(same, "identical")
     out.counts["responses_identical"] += len(same)
-
-
-def _keep(draft: _Draft, encode: Encoder, out: Outcome) -> None:
-    row, ks = draft.row, list(draft.response_ids)
-    ids = tuple(draft.response_ids.values())
-    chosen = [row.responses[k] for k in ks]
-    reward = tuple(r.reward for r in chosen if r.reward is not None)
-    label = (1, -1) if row.is_pair else tuple(r.label for r in chosen if r.label is not None)
-    logps = tuple(r.logps[: len(i)] for r, i in zip(chosen, ids) if r.logps is not None)
-    out.example = Example(
-        row.id,
-        row.where,
-        draft.prompt_ids,
-        ids,
-        reward if len(reward) == len(ks) else None,
-        label if len(label) == len(ks) else None,
-        logps if len(logps) == len(ks) else None,
-        row.is_pair,
-        tuple(row.columns.items()),
-        _all([r.embedding for r in chosen]),
-        row.prompt_embedding,
-        *(_of_teacher(name, chosen, ids) for name in ("ids", "logps", "ref_logps")),
-    )
-    out.counts["responses_kept"] += len(ks)
-    out.counts["responses_stop"] += sum(map(encode.stops_at_end, ids))
-
-
-def _all(values: Sequence[Any]) -> Any:
-    """The values, or None where one is missing."""
-    return None if any(v is None for v in values) else tuple(values)
-
-
-def _of_teacher(name: str, responses: Sequence[Response], ids: Sequence[Ids]) -> Any:
-    """A part of each response's teacher, as long as the response is now."""
-    parts = [getattr(r.teacher, name, None) for r in responses]
-    return _all([part and part[: len(i)] for part, i in zip(parts, ids)])

@@ -29,7 +29,7 @@ from po.errors import UserError
 from po.spec import DataSpec, Source
 from po.weights import cache_root
 
-FORMAT = 2  # raise when the same input would give other Examples
+FORMAT = 3  # raise when the same input would give other Examples
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def prepare(
     folder = cache_dir(spec) / key
     with _locked(folder):
         if not sound(folder):
-            _fill(folder, Build(opened, Encoder(tokenizer), limits, spec.num_proc, split, wanted))
+            _fill(folder, Build(opened, Encoder(tokenizer, tokenizer_key), limits, spec.num_proc, split, wanted))
     report = replace(DataReport.from_json(json.loads((folder / REPORT).read_text())), split=split)
     enforce(report, spec)
     return Prepared(Examples(folder / EXAMPLES), report, key)

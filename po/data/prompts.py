@@ -114,6 +114,13 @@ def join(view: View, prompt: Prompt, candidates: Sequence[Candidate]) -> tuple[C
     return None if any(c is None for c in contents) else (prompt.value, [c for c in contents if c is not None])
 
 
+def alone(view: View, prompt: Prompt) -> tuple[Content, list[Content]] | None:
+    """A prompt without responses, or None and a fault."""
+    if not prompt.given:
+        view.faults.add("prompt", "text or messages", NOTHING)
+    return None if prompt.value is None else (prompt.value, [])
+
+
 def _tells_prompt(values: Sequence[object]) -> bool:
     """Whether every message list begins before the response, as in ultrafeedback_binarized."""
     firsts = [v[0] if isinstance(v, list | tuple) and v else v for v in values]
@@ -129,7 +136,7 @@ def _content(c: Candidate, plain: bool, talk: bool, faults: Faults) -> Content |
         if response:
             check_response(response, c.field, faults)
         return response
-    content = text(c.value, c.field, faults)
+    content = c.value if c.token_ids else text(c.value, c.field, faults)  # a sampler may say nothing
     return content if plain or content is None else ({"role": "assistant", "content": content},)
 
 

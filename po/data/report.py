@@ -18,6 +18,7 @@ TITLES = {
     "empty": "rows dropped because a response has no tokens",
     "cut": "rows that lost tokens or responses",
     "boundary": "rows whose prompt tail is scored with the response (its tokens merge, or the template rewrites it)",
+    "apart": "prompts whose own responses do not continue their tokens (the responses are left out)",
     "gap": "pairs whose chosen response has the lower score",
 }
 

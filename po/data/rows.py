@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Message = Mapping[str, Any]
-Kind = Literal["pair", "set", "unpaired", "demonstration"]
+Kind = Literal["pair", "set", "unpaired", "demonstration", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,15 @@ class Response:
     source: str | None = None  # which model or person wrote it
     embedding: tuple[float, ...] | None = None
     teacher: Teacher | None = None
+    token_ids: tuple[int, ...] | None = None  # as they were sampled; only where the row has prompt_ids
+    ended: bool = True  # False: cut at a limit of length, so that no end token follows
 
 
 @dataclass(frozen=True)
 class Row:
     """A prompt and its responses. A pair is two responses, best first; a set has a reward on each of its K responses;
-    an unpaired row has a label on each response, mostly one; a demonstration is one response and nothing else."""
+    an unpaired row has a label on each response, mostly one; a demonstration is one response and nothing else; a prompt
+    is for a sampler, whatever responses the row has of its own."""
 
     id: str  # given by the data, else "file:line"
     where: str  # "train.jsonl:412", for messages
@@ -47,10 +50,15 @@ class Row:
     chosen_first: bool = False  # the data itself names chosen and rejected, whatever the rewards say
     prompt_embedding: tuple[float, ...] | None = None
     columns: Mapping[str, float] = field(default_factory=dict)  # numbers that a head declares, by name
+    prompt_ids: tuple[int, ...] | None = None  # of rollouts: the prompt as it was sampled from
+    tokenizer: str | None = None  # the key of the tokenizer that prompt_ids and token_ids are of, where the row says it
+    record: str | None = None  # of prompts: all fields as JSON, for reward functions
 
     @property
     def kind(self) -> Kind:
         """What the row can feed: by its facts, not by the format it was read from."""
+        if self.record is not None:
+            return "prompt"
         if all(r.reward is not None for r in self.responses) and len(self.responses) > 1:
             return "set"
         if all(r.label is not None for r in self.responses):
@@ -65,7 +73,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A row in token ids. Of response k the model sees prompt_ids + response_ids[k]; only the latter is scored."""
+    """A row in token ids. Of response k the model sees prompt_ids + response_ids[k]; only the latter is scored.
+
+    A prompt for a sampler has a record, and of responses those that its row brings, mostly none.
+    """
 
     id: str
     where: str
@@ -81,11 +92,14 @@ class Example:
     teacher_ids: tuple[tuple[tuple[int, ...], ...], ...] | None = None  # per response, per token
     teacher_logps: tuple[tuple[tuple[float, ...], ...], ...] | None = None
     teacher_ref_logps: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    ended: tuple[bool, ...] | None = None  # False: its sampler cut it at a limit of length; None: all ended
+    record: str | None = None  # of prompts: all fields of the row as JSON, the prompt's text or messages among them
 
     @property
     def is_pair(self) -> bool:
         """True where response 0 is preferred over response 1 by the data's own word."""
-        return self.chosen_first or (len(self.response_ids) == 2 and self.reward is None and self.label is None)
+        two = len(self.response_ids) == 2 and self.record is None
+        return self.chosen_first or (two and self.reward is None and self.label is None)
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,11 @@ _SCHEMA = pa.schema(
         ("teacher_ids", pa.list_(pa.list_(pa.list_(pa.int32())))),
         ("teacher_logps", pa.list_(pa.list_(pa.list_(pa.float32())))),
         ("teacher_ref_logps", pa.list_(pa.list_(pa.list_(pa.float32())))),
+        ("ended", pa.list_(pa.bool_())),
+        ("record", pa.string()),
     ]
 )
-_HEAVY = ("embedding", "prompt_embedding", "teacher_ids", "teacher_logps", "teacher_ref_logps")
+_HEAVY = ("embedding", "prompt_embedding", "teacher_ids", "teacher_logps", "teacher_ref_logps", "record")
 assert _SCHEMA.names == [f.name for f in fields(Example)]
 
 
@@ -61,7 +63,7 @@ class Examples(Sequence[Example]):
         self.__init__(**state)  # type: ignore[misc]
 
     def light(self) -> Examples:
-        """The same examples with () for embeddings and teachers that are there, to look through all rows."""
+        """The same examples with () for embeddings, teachers and records that are there, to look through all rows."""
         return Examples(self.path, True)
 
     def __len__(self) -> int:
@@ -95,7 +97,8 @@ def _examples(batch: pa.RecordBatch, light: bool) -> list[Example]:
     columns = []
     for name, column in zip(batch.schema.names, batch.columns):
         if light and name in _HEAVY:
-            columns.append([() if there else None for there in column.is_valid().to_pylist()])
+            nothing = "" if pa.types.is_string(column.type) else ()
+            columns.append([nothing if there else None for there in column.is_valid().to_pylist()])
         else:
             columns.append(column.to_pylist())
     return [Example(*map(_frozen, row)) for row in zip(*columns)]

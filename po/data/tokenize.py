@@ -4,7 +4,10 @@ What is scored are the tokens of `prompt + response` after the longest prefix th
 with the row's other responses. So the ids are exactly the ones a model sees, also where a token spans the boundary.
 
 Text: the tokenizer's own leading special tokens (BOS), once, and EOS after each response, once. Conversations: what
-the chat template renders, plus EOS only where the template ends a response without any stop token.
+the chat template renders, plus EOS only where the template ends a response without any stop token. A response that
+was cut at a limit of length has no end token. Rollouts keep the token ids that were sampled.
+
+A prompt for a sampler is all of its own tokens, and a response that the row brings follows exactly these.
 """
 
 from __future__ import annotations
@@ -37,13 +40,15 @@ class Coded:
     response_ids: tuple[Ids, ...]
     merged: str  # the text of prompt tokens that are scored with the response, mostly ""
     appended: int  # responses whose template ended without a stop token, so that EOS was added
+    apart: tuple[int, ...] = ()  # of a prompt: responses that do not continue its tokens, () in response_ids
 
 
 class Encoder:
     """Rows to token ids with one Hugging Face tokenizer. Raises UserError where the tokenizer itself is unfit."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, key: str | None = None) -> None:
+        """key: the tokenizer's, to compare with the one that rollouts name; None: they are believed."""
+        self.tokenizer, self.key = tokenizer, key
         self.lead = _leading_specials(tokenizer)
         self.eos: int | None = tokenizer.eos_token_id
         added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
@@ -52,22 +57,48 @@ class Encoder:
 
     def __call__(self, row: Row) -> Coded:
         """Token ids of a row. Raises RowFaultError for a row that the template or the tokenizer cannot represent."""
-        if isinstance(row.prompt, str):
-            prompt_ids, full, appended = self._text(row)
+        if row.prompt_ids is not None:
+            coded = self._as_sampled(row, row.prompt_ids)
         else:
-            prompt_ids, full, appended = self._conversation(row)
-        shared = _shared_prefix([prompt_ids, *full])
-        if not shared:
+            coded = self._rendered(row)
+        if not coded.prompt_ids:
             raise RowFaultError(row.where, "prompt", "at least one token before the response", Say("none"))
-        responses = tuple(ids[shared:] for ids in full)
-        for k, (r, ids) in enumerate(zip(row.responses, responses)):
+        for k, (r, ids) in enumerate(zip(row.responses, coded.response_ids)):
             if r.logps is not None and len(r.logps) != len(ids):
                 want = f"{len(ids)} numbers, one per token with its end token"
                 raise RowFaultError(row.where, f"responses[{k}].logps", want, Say(str(len(r.logps))))
             if r.teacher is not None:
                 self._check_teacher(r.teacher, len(ids), row.where, f"responses[{k}].teacher")
+        return coded
+
+    def _rendered(self, row: Row) -> Coded:
+        if isinstance(row.prompt, str):
+            prompt_ids, full, appended = self._text(row)
+        else:
+            prompt_ids, full, appended = self._conversation(row)
+        if row.kind == "prompt":
+            n = len(prompt_ids)
+            apart = tuple(k for k, ids in enumerate(full) if ids[:n] != prompt_ids)
+            return Coded(prompt_ids, tuple(() if k in apart else i[n:] for k, i in enumerate(full)), "", 0, apart)
+        shared = _shared_prefix([prompt_ids, *full])
         merged = prompt_ids[shared:]
+        responses = tuple(ids[shared:] for ids in full)
         return Coded(prompt_ids[:shared], responses, self.tokenizer.decode(merged) if merged else "", appended)
+
+    def _as_sampled(self, row: Row, prompt_ids: Ids) -> Coded:
+        """The ids of a rollout, which must be of this tokenizer."""
+        if row.tokenizer is not None and self.key is not None and row.tokenizer != self.key:
+            want = f"{self.key[:12]}, the key of this run's tokenizer (the row's token ids are of another)"
+            raise RowFaultError(row.where, "tokenizer", want, Say(row.tokenizer[:12]))
+        responses = tuple(r.token_ids or () for r in row.responses)
+        size = len(self.tokenizer)
+        named = [(f"responses[{k}].token_ids", ids) for k, ids in enumerate(responses)]
+        for field, ids in [("prompt_ids", prompt_ids), *named]:
+            for t, i in enumerate(ids):
+                if i >= size:
+                    want = f"an id below {size}, the size of the vocabulary"
+                    raise RowFaultError(row.where, f"{field}[{t}]", want, Say(str(i)))
+        return Coded(prompt_ids, responses, "", 0)
 
     def _check_teacher(self, teacher: Teacher, tokens: int, where: str, field: str) -> None:
         if len(teacher.ids) != tokens:
@@ -93,6 +124,12 @@ class Encoder:
                 return False
         return False
 
+    def _without_end(self, ids: Ids) -> Ids:
+        """Without the stop token at the end and the white space behind it."""
+        if not self.stops_at_end(ids):
+            return ids
+        return ids[: max(n for n, i in enumerate(ids) if i in self.stops)]
+
     def _ids(self, texts: list[str]) -> list[Ids]:
         out = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [tuple(ids) for ids in out]
@@ -105,7 +142,8 @@ class Encoder:
             )
         texts = [str(row.prompt), *(f"{row.prompt}{r.content}" for r in row.responses)]
         ids = [i if i[: len(self.lead)] == self.lead else self.lead + i for i in self._ids(texts)]
-        return ids[0], [i if i[-1:] == (self.eos,) else (*i, self.eos) for i in ids[1:]], 0
+        ends = [i[-1:] == (self.eos,) or not r.ended for i, r in zip(ids[1:], row.responses)]
+        return ids[0], [i if end else (*i, self.eos) for i, end in zip(ids[1:], ends)], 0
 
     def _conversation(self, row: Row) -> tuple[Ids, list[Ids], int]:
         assert not isinstance(row.prompt, str)
@@ -116,9 +154,11 @@ class Encoder:
             )
         prompt = self._render(row, row.prompt, True)
         full = [self._render(row, (*row.prompt, *_messages(r.content)), False) for r in row.responses]
-        _check_prompt_kept(row, prompt, full)
+        if row.kind != "prompt":
+            _check_prompt_kept(row, prompt, full)
         prompt_ids, *ids = self._ids([prompt, *full])
-        ends = [self.stops_at_end(i) for i in ids]
+        ids = [i if r.ended else self._without_end(i) for i, r in zip(ids, row.responses)]
+        ends = [self.stops_at_end(i) or not r.ended for i, r in zip(ids, row.responses)]
         if self.eos is not None:
             ids = [i if end else (*i, self.eos) for i, end in zip(ids, ends)]
         return prompt_ids, ids, ends.count(False)

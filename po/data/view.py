@@ -54,6 +54,8 @@ class Candidate:
     source: Any = None
     embedding: Any = None
     teacher: Any = None
+    token_ids: Any = None
+    ended: Any = None
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where the reward, rank, ... were found
 
     def at(self, fact: str) -> str:

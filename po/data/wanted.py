@@ -23,6 +23,7 @@ class Wanted:
     differs: bool = False
     mismatch: bool = False
     row: bool = False
+    prompts: bool = False  # rows are prompts for a sampler, with all their fields for reward functions
 
     def of_rows(self) -> dict[str, Any]:
         """The part that decides what is read from rows: what prepared rows depend on."""
@@ -30,7 +31,7 @@ class Wanted:
 
 
 NOTHING_MORE = Wanted()
-_OF_ROWS = ("columns", "embedding", "prompt_embedding", "teacher", "logps", "unlabelled")
+_OF_ROWS = ("columns", "embedding", "prompt_embedding", "teacher", "logps", "unlabelled", "prompts")
 _SAME = ("embedding", "prompt_embedding", "teacher", "differs", "mismatch", "row")
 
 
