@@ -20,15 +20,18 @@ from po.types import HeadInput, Segments
 __all__ = ["Batch", "Collate", "Group", "Groups", "LookUp", "Pick", "Wanted", "moved", "wanted"]
 
 _T = TypeVar("_T")
+Laid = tuple[tuple[int, ...], list[tuple[int, ...]]]  # a prompt and responses, in token ids
 LookUp = Callable[[Sequence[int], Sequence[int]], Any]  # prompt ids, response ids -> reference log-probs per token
 
 
 @dataclass(frozen=True)
 class Batch:
     """G groups. What is per token (..._T, ..._TM) is in the stream's order, over all T tokens of the stream: with a
-    mismatch that is more than the tokens of the heads' responses, which own_T picks out. Numbers are fp32.
+    mismatch or privileged prompts that is more than the tokens of the heads' responses, which own_T picks out. Numbers
+    are fp32.
 
     own_T: int64 positions in the stream's token order of what heads see; None where that is everything.
+    privileged_T: of the same tokens, in the same order, after the privileged prompts.
     old_T: log-probs under the policy that sampled; sampler_T: those that the sampler itself recorded, of responses that
         this run has sampled. old_gates: the heads' own modules at that time. temperature: of all log-probs.
     other_U, other_group_U: the positions of the U mismatched tokens, and the group of each.
@@ -44,6 +47,7 @@ class Batch:
     label_GK: Tensor | None = None
     best_first: bool = False  # pairs stand best first, whatever their rewards say
     own_T: Tensor | None = None
+    privileged_T: Tensor | None = None
     other_U: Tensor | None = None
     other_group_U: Tensor | None = None
     row_G: Tensor | None = None  # int64, -1 for fillers
@@ -104,6 +108,7 @@ class Batch:
             prompt_embedding=self.prompt_embedding_GE,
             mismatch=self._mismatch(policy_T, ref_T),
             row=self.row_G,
+            privileged=self._privileged(policy_T),
             best_first=self.best_first,
             columns=self.columns,
             gates={name: self.own(gate_T) for name, gate_T in (gates or {}).items()},
@@ -112,6 +117,11 @@ class Batch:
             progress=progress,
             state=state or {},
         )
+
+    def _privileged(self, policy_T: Tensor) -> Tensor | None:
+        if self.privileged_T is None or not len(policy_T):
+            return None
+        return policy_T.index_select(0, self.privileged_T)
 
     def _mismatch(self, policy_T: Tensor, ref_T: Tensor | None) -> Tensor | None:
         if self.other_U is None or self.other_group_U is None or ref_T is None or not len(policy_T):
@@ -148,39 +158,59 @@ class Collate:
     def __call__(self, groups: Sequence[Group | tuple[Example, Item, bool]]) -> Batch:
         every = [Group(*g) if self.wanted.mismatch else Group(*g[:3]) for g in groups]
         K = max(len(g.item.responses) for g in every)
-        ids = [(g.example.prompt_ids, [g.example.response_ids[k] for k in g.item.responses]) for g in every]
+        ids: list[Laid] = [(g.example.prompt_ids, [g.example.response_ids[k] for k in g.item.responses]) for g in every]
         valid_GK = torch.tensor([[g.counts and k < len(g.item.responses) for k in range(K)] for g in every])
         width = K
         if self.wanted.mismatch:
             assert all(g.other for g in every), "every item must have another row's response: arrange(mismatch=True)"
             ids, width = [(p, [*rs, g.other]) for (p, rs), g in zip(ids, every)], K + 1
+        facts = further(every, K, self.wanted)
+        if self.reference is not None:
+            look = self.reference
+            facts["ref_T"] = _flat([look(p, r) for p, rs in ids for r in rs])
+        if all(g.example.logps is not None for g in every):
+            logps_T = _flat(per_token(every, [g.example.logps for g in every], 0.0))
+            facts["sampler_T" if self.sampled else "old_T"] = logps_T
+        if self.wanted.privileged:
+            ids = [*ids, *_privileged(every, ids)]
         lay = plant if self.share_prefix else pad
         stream = lay(ids, width)
         seg = Segments(stream.slot_T, valid_GK)
-        places: dict[str, Any] = {}
         if self.wanted.mismatch:
             seg, places = _apart(stream.slot_T, valid_GK, [len(g.item.responses) for g in every])
-        ref_T = logps_T = None
-        if self.reference is not None:
-            look = self.reference
-            ref_T = _flat([look(p, r) for p, rs in ids for r in rs])
-        if all(g.example.logps is not None for g in every):
-            logps_T = _flat(per_token(every, [g.example.logps for g in every], 0.0))
+            facts |= places
+        if self.wanted.privileged:
+            own_T, privileged_T = torch.arange(len(stream.slot_T)).chunk(2)
+            seg = Segments(stream.slot_T[: len(own_T)], valid_GK)
+            facts = {name: _longer(name, x, len(own_T)) for name, x in facts.items()}
+            facts |= {"own_T": own_T, "privileged_T": privileged_T}
         return Batch(
             stream,
             seg,
             tuple(g.example.id for g in every),
-            ref_T,
-            None if self.sampled else logps_T,
-            _grid([_pick(g.example.reward, g.item) for g in every], K, torch.float32),
-            _grid([_pick(g.example.label, g.item) for g in every], K, torch.int64),
-            self.best_first,
-            sampler_T=logps_T if self.sampled else None,
+            reward_GK=_grid([_pick(g.example.reward, g.item) for g in every], K, torch.float32),
+            label_GK=_grid([_pick(g.example.label, g.item) for g in every], K, torch.int64),
+            best_first=self.best_first,
             temperature=self.temperature,
             pieces=() if self.max_tokens is None else split(ids, self.max_tokens, width, lay),
-            **places,
-            **further(every, K, self.wanted),
+            **facts,
         )
+
+
+def _privileged(every: Sequence[Group], ids: Sequence[Laid]) -> list[Laid]:
+    """The same responses after the privileged prompts."""
+    assert all(g.example.privileged_ids for g in every), "every row must have a privileged prompt: check_needs"
+    return [(g.example.privileged_ids or (), responses) for g, (_, responses) in zip(every, ids)]
+
+
+def _longer(name: str, x: Any, tokens: int) -> Any:
+    """A fact per token, longer by empty places for the tokens after the privileged prompts; others as they are."""
+    if isinstance(x, Mapping):
+        return {k: _longer(name, t, tokens) for k, t in x.items()}
+    if name != "token_columns" and not name.endswith(("_T", "_TM")):
+        return x
+    empty = {"candidate_ids_TM": -1, "teacher_TM": -torch.inf, "teacher_ref_TM": -torch.inf}.get(name, 0)
+    return torch.cat([x, x.new_full((tokens, *x.shape[1:]), empty)])
 
 
 def _apart(slot_T: Tensor, valid_GK: Tensor, counts: Sequence[int]) -> tuple[Segments, dict[str, Any]]:

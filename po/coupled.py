@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from po.batch import Batch
+from po.behaviour import sampling_metrics
 from po.forward import Forward, Seen
 from po.logprob import Scores
 from po.metrics import Metric, preference_metrics, token_metrics
@@ -81,7 +82,7 @@ class Coupled:
         share, batch, random = self._ahead.pop(0)
         random.restore()
         nothing = torch.zeros_like(share.value)
-        pull = replace(share, grad={name: _everywhere(g, batch) for name, g in share.grad.items()}, value=nothing)
+        pull = replace(share, grad=_everywhere(share.grad, batch), value=nothing)
         pieces = batch.pieces or (None,)
         parts: list[Backward] = [partial(self._part, model, batch, p, pull) for p in pieces]
         return Work(share.x, share.value, [*parts[:-1], lambda: parts[-1]() + share.value])
@@ -115,6 +116,7 @@ class Coupled:
             self._record(preference_metrics(step.x, self._terms, step.parts))
         for s in seen:
             self._record(token_metrics(s.x, self._terms, s.scores))
+            self._record(sampling_metrics(s.batch))
 
     def evaluate(self, seen: Sequence[Seen], counts: Mapping[Scope, float], rows: int) -> None:
         """Record the metrics of evaluation rows, taken together; the states stay as they are."""
@@ -142,12 +144,21 @@ def _with_pieces(batch: Batch, n: int) -> Batch:
     return replace(batch, pieces=own + (replace(own[-1], idle=True),) * (n - len(own)))
 
 
-def _everywhere(grad: Tensor, batch: Batch) -> Tensor:
-    """A gradient over the heads' own tokens as one over the whole stream."""
+def _everywhere(grads: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:
+    """Gradients over the heads' own tokens as ones over the whole stream, where log-probs of the responses after their
+    prompts and after their privileged prompts are one signal."""
     if batch.own_T is None:
-        return grad
-    assert batch.ref_T is not None, "a mismatched response is read through its log-ratio"
-    return grad.new_zeros(len(batch.ref_T), *grad.shape[1:]).index_copy(0, batch.own_T, grad)
+        return dict(grads)
+
+    def spread(g: Tensor, at_T: Tensor) -> Tensor:
+        return g.new_zeros(batch.stream.target_T.numel(), *g.shape[1:]).index_copy(0, at_T, g)
+
+    out = {name: spread(g, batch.own_T) for name, g in grads.items() if name != "privileged"}
+    if "privileged" in grads:
+        assert batch.privileged_T is not None
+        after_T = spread(grads["privileged"], batch.privileged_T)
+        out["policy_T"] = out["policy_T"] + after_T if "policy_T" in out else after_T
+    return out
 
 
 def _signals(scores: Scores) -> dict[str, Tensor]:

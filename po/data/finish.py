@@ -10,7 +10,9 @@ from po.data.rows import Example, Response, Row
 Ids = tuple[int, ...]
 
 
-def example_of(row: Row, prompt_ids: Ids, response_ids: Mapping[int, Ids]) -> Example:
+def example_of(
+    row: Row, prompt_ids: Ids, response_ids: Mapping[int, Ids], privileged_ids: Ids | None = None
+) -> Example:
     """response_ids: of the responses that are kept, by their index in the row. What is per token is cut with them."""
     chosen = [row.responses[k] for k in response_ids]
     ids = tuple(response_ids.values())
@@ -33,6 +35,7 @@ def example_of(row: Row, prompt_ids: Ids, response_ids: Mapping[int, Ids]) -> Ex
         teacher_ref_logps=_of_teacher("ref_logps", chosen, ids),
         ended=None if all(ended) else ended,
         record=row.record,
+        privileged_ids=privileged_ids,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from po.data import beside, extras, facts, online
+from po.data.privileged import FIELD, read_privileged
 from po.data.prompts import PROMPTS, alone, find_prompt, join
 from po.data.read import Record
 from po.data.report import NOTHING, Faults, Problem, Say
@@ -38,6 +39,7 @@ _EXTRAS = {
     "teacher": ("teacher", "teachers", "chosen_teacher", "rejected_teacher"),
     "logps": ("logps", "chosen_logps", "rejected_logps"),
     "prompt_embedding": ("prompt_embedding",),
+    "privileged": (FIELD,),
 }
 _EXPECTED = "chosen and rejected, responses with rewards, completion with label, or messages"
 
@@ -92,6 +94,7 @@ def _row(view: View, record: Record) -> Row | None:
     if any(c.rank is not None for c in candidates) and not any(c.reward is not None for c in candidates):
         view.notes.append("ranks")
     joined = alone(view, prompt) if prompts and not candidates else join(view, prompt, candidates)
+    privileged = read_privileged(view, prompt, joined[0]) if joined else None
     if not sampled and not prompts:  # a sampler may repeat itself
         _different(view, candidates, joined[1] if joined else [c.value for c in candidates])
     if joined is None or faults.found:
@@ -101,7 +104,18 @@ def _row(view: View, record: Record) -> Row | None:
         sampled["record"] = online.as_record(record.data or {}, view.data, joined[0])
     meta = {k: v for k, v in view.data.items() if k not in view.used}
     return Row(
-        row_id, where, joined[0], responses, tools, kwargs, meta, chosen_first, prompt_embedding, columns, **sampled
+        row_id,
+        where,
+        joined[0],
+        responses,
+        tools,
+        kwargs,
+        meta,
+        chosen_first,
+        prompt_embedding,
+        columns,
+        privileged=privileged,
+        **sampled,
     )
 
 

@@ -46,8 +46,14 @@ class Groups(Dataset[Group]):
         return Groups(light(self.examples), self.items)
 
     def sizes(self) -> list[int]:
-        """Tokens of each item: its prompt once, and its responses."""
-        lengths = [(len(e.prompt_ids), [len(r) for r in e.response_ids]) for e in light(self.examples)]
-        others = [0 if i.other is None else i.other.tokens for i in self.items]
-        own = [lengths[i.example][0] + sum(lengths[i.example][1][k] for k in i.responses) for i in self.items]
-        return [a + b for a, b in zip(own, others)]
+        """Tokens of each item: its prompt once, and its responses; and again with its privileged prompt."""
+        lengths = [
+            (len(e.prompt_ids), [*map(len, e.response_ids)], len(e.privileged_ids or ())) for e in light(self.examples)
+        ]
+        sizes = []
+        for item in self.items:
+            prompt, each, privileged = lengths[item.example]
+            responses = sum(each[k] for k in item.responses)
+            other = 0 if item.other is None else item.other.tokens
+            sizes.append(prompt + responses + other + (privileged + responses if privileged else 0))
+        return sizes

@@ -11,10 +11,10 @@ from itertools import combinations, pairwise
 from po.data.mismatch import with_others
 from po.data.rows import Example, Item
 from po.data.store import light
+from po.data.wanted import name_of
 from po.errors import UserError
-from po.heads import HEADS
 from po.spec import PairRule, Term
-from po.types import Head, Layout, Needs
+from po.types import Layout, Needs
 
 Pairs = list[tuple[int, int]]  # better, worse
 
@@ -135,24 +135,26 @@ def _draw(e: Example, k: int, seed: int) -> bytes:
     return hashlib.sha256(repr((seed, e.prompt_ids, e.response_ids[k])).encode()).digest()
 
 
-def check_needs(terms: Sequence[Term], examples: Sequence[Example], where: str) -> Layout:
+def check_needs(terms: Sequence[Term], examples: Sequence[Example], where: str, sampled: bool = False) -> Layout:
     """The batch layout for these terms. Raises UserError that names the head, its need and the first row without it.
 
-    "best" adapts to the layout of the other terms.
+    "best" adapts to the layout of the other terms. sampled: the examples are prompts, whose responses and all that
+    belongs to these will be sampled.
     """
     layouts = {t.head.needs.layout: t.head for t in terms if t.head.needs.layout != "best"}
     if len(layouts) > 1:
-        named = " and ".join(f"{_name(head)!r} ({layout})" for layout, head in layouts.items())
+        named = " and ".join(f"{name_of(head)!r} ({layout})" for layout, head in layouts.items())
         raise UserError(f"{where}: heads {named} want different batches; one recipe trains on one layout")
     if not terms or not len(examples):
         raise UserError(f"{where}: expected at least one loss term and one row")
     layout: Layout = next(iter(layouts), "best")
-    wants = [(term.head, *want) for term in terms for want in _wants(term.head.needs, layout)]
+    of_responses = () if sampled else tuple((t.head, *want) for t in terms for want in _wants(t.head.needs, layout))
+    wants = [*of_responses, *((t.head, *want) for t in terms for want in _wants_of_prompt(t.head.needs))]
     for e in light(examples):
         for head, lacks, need, advice in wants:
             if lacks(e):
                 do = advice or f"Score them, or use head {'dpo' if e.is_pair else 'sft'!r}."
-                raise UserError(f"{where}: head {_name(head)!r} needs {need}; {e.where} has none. {do}")
+                raise UserError(f"{where}: head {name_of(head)!r} needs {need}; {e.where} has none. {do}")
     return layout
 
 
@@ -167,22 +169,29 @@ def _wants(needs: Needs, layout: Layout) -> Iterator[tuple[Callable[[Example], b
         yield lambda e: e.logps is None, "the sampler's logps of every response", "Sample them again with log-probs."
     if needs.embedding:
         yield lambda e: e.embedding is None, "an embedding of every response", "Add embedding: [numbers] to them."
-    if needs.prompt_embedding:
-        do = "Add prompt_embedding: [numbers] to the rows."
-        yield lambda e: e.prompt_embedding is None, "an embedding of the prompt", do
     if needs.teacher:
         do = "Add teacher: {ids, logps} to them."
         yield lambda e: e.teacher_ids is None, "a teacher's log-probs of every response", do
     if needs.teacher_ref:
         what, do = "the log-probs of the teacher's own reference", "Add ref_logps to `teacher`."
         yield lambda e: e.teacher_ref_logps is None, what, do
-    for name in needs.columns:
-        do = f"Add {name}: a number to the rows, or name their column in the source's `columns`."
-        yield partial(_no_column, name), f"a number in column {name!r}", do
     if layout == needs.layout == "pair":
         yield _no_pair, "two responses with a preference", "Give rows chosen and rejected, or scored responses."
     if layout == needs.layout == "set":
         yield lambda e: len(e.response_ids) < 2, "a second response to every prompt", "Add one, or use head 'sft'."
+
+
+def _wants_of_prompt(needs: Needs) -> Iterator[tuple[Callable[[Example], bool], str, str]]:
+    """The same for what belongs to a prompt."""
+    if needs.prompt_embedding:
+        do = "Add prompt_embedding: [numbers] to the rows."
+        yield lambda e: e.prompt_embedding is None, "an embedding of the prompt", do
+    if needs.privileged:
+        do = "Add privileged_prompt to the rows: text, or messages where the prompt is."
+        yield lambda e: e.privileged_ids is None, "a privileged prompt", do
+    for name in needs.columns:
+        do = f"Add {name}: a number to the rows, or name their column in the source's `columns`."
+        yield partial(_no_column, name), f"a number in column {name!r}", do
 
 
 def _no_column(name: str, e: Example) -> bool:
@@ -191,8 +200,3 @@ def _no_column(name: str, e: Example) -> bool:
 
 def _no_pair(e: Example) -> bool:
     return not e.is_pair and (len(e.response_ids) < 2 or (e.reward is None and e.label is None))
-
-
-def _name(head: Head) -> str:
-    """What a recipe calls a head."""
-    return next((name for name, kind in HEADS.items() if kind is type(head)), type(head).__name__)

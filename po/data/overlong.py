@@ -54,6 +54,7 @@ class _Draft:
     row: Row
     prompt_ids: Ids
     response_ids: dict[int, Ids]
+    privileged_ids: Ids | None = None
     notes: list[str] = field(default_factory=list)
     fate: Fate = "kept"
 
@@ -75,14 +76,17 @@ def settle(row: Row, encode: Encoder, limits: Limits) -> Outcome:
     """Tokenize a row and apply the policy. Never raises for a row's own fault; UserError for an unfit tokenizer."""
     try:
         coded = encode(row)
-        out = Outcome("kept", length=len(coded.prompt_ids) + max(map(len, coded.response_ids), default=0))
-        draft = _Draft(row, coded.prompt_ids, dict(enumerate(coded.response_ids)))
+        before = max(len(coded.prompt_ids), len(coded.privileged_ids or ()))
+        out = Outcome("kept", length=before + max(map(len, coded.response_ids), default=0))
+        draft = _Draft(row, coded.prompt_ids, dict(enumerate(coded.response_ids)), coded.privileged_ids)
         if row.kind == "prompt":
             _fit_prompt(draft, coded, encode, limits, out)
         else:
             _drop_empty(draft, encode, out)
             if draft.fate == "kept":
                 _fit(draft, encode, limits, out)
+            if draft.fate == "kept":
+                _fit_privileged(draft, limits, out)
     except RowFaultError as e:
         return Outcome("bad", problem=e.problem)
     if draft.fate == "kept" and row.kind != "prompt":
@@ -91,7 +95,7 @@ def settle(row: Row, encode: Encoder, limits: Limits) -> Outcome:
     line = f"{row.where}: {'; '.join(draft.notes)}"
     if out.fate != "kept":
         return replace(out, counts=Counter(), lines={out.fate: line})  # its responses are not counted one by one
-    out.example = example_of(row, draft.prompt_ids, draft.response_ids)
+    out.example = example_of(row, draft.prompt_ids, draft.response_ids, draft.privileged_ids)
     _count(draft, encode, out)
     if draft.notes:
         out.note("cut", line)
@@ -112,12 +116,7 @@ def _fit(draft: _Draft, encode: Encoder, limits: Limits, out: Outcome) -> None:
         draft.fate = "overlong"
         draft.notes.append(f"the prompt has {len(draft.prompt_ids)} tokens, room is {limits.prompt_room()}")
     elif limits.overlong == "truncate_response":
-        room = limits.max_length - len(draft.prompt_ids)
-        if long:
-            draft.notes.append(f"{_named(draft, long)}, cut to {room}")
-        for k in long:
-            draft.response_ids[k] = draft.response_ids[k][:room]
-        out.counts["responses_cut"] += len(long)
+        _cut_long(draft, long, limits.max_length - len(draft.prompt_ids), out)
     else:  # drop; error too, which the caller raises for all rows at once
         _drop_long(draft, long, limits.max_length - len(draft.prompt_ids), out)
 
@@ -128,6 +127,14 @@ def _named(draft: _Draft, ks: Sequence[int]) -> str:
     return (
         f"responses[{', '.join(map(str, ks))}] of {' to '.join(map(str, lengths[:: max(1, len(lengths) - 1)]))} tokens"
     )
+
+
+def _cut_long(draft: _Draft, long: Sequence[int], room: int, out: Outcome) -> None:
+    if long:
+        draft.notes.append(f"{_named(draft, long)}, cut to {room}")
+    for k in long:
+        draft.response_ids[k] = draft.response_ids[k][:room]
+    out.counts["responses_cut"] += len(long)
 
 
 def _drop_long(draft: _Draft, long: Sequence[int], room: int, out: Outcome) -> None:
@@ -158,6 +165,20 @@ def _cut_prompt(draft: _Draft, encode: Encoder, limits: Limits, out: Outcome) ->
         out.counts["prompts_cut"] += 1
 
 
+def _fit_privileged(draft: _Draft, limits: Limits, out: Outcome) -> None:
+    """A privileged prompt is never cut, and every response must fit behind it too."""
+    tokens = len(draft.privileged_ids or ())
+    room = limits.max_length - tokens
+    long = [k for k, ids in draft.response_ids.items() if len(ids) > room]
+    if room < 1:
+        draft.fate = "overlong"
+        draft.notes.append(f"the privileged prompt has {tokens} tokens, room is {limits.max_length - 1}")
+    elif limits.overlong == "truncate_response":
+        _cut_long(draft, long, room, out)
+    else:
+        _drop_long(draft, long, room, out)
+
+
 def _fit_prompt(draft: _Draft, coded: Coded, encode: Encoder, limits: Limits, out: Outcome) -> None:
     """A prompt for a sampler must fit by itself; of the row's own responses stay those that can be scored after it."""
     if coded.apart:
@@ -169,7 +190,11 @@ def _fit_prompt(draft: _Draft, coded: Coded, encode: Encoder, limits: Limits, ou
     elif len(draft.prompt_ids) > limits.prompt_room():
         draft.fate = "overlong"
         draft.notes.append(f"the prompt has {len(draft.prompt_ids)} tokens, room is {limits.prompt_room()}")
-    room = limits.max_length - len(draft.prompt_ids)
+    privileged = len(draft.privileged_ids or ())
+    if privileged > limits.prompt_room():
+        draft.fate = "overlong"
+        draft.notes.append(f"the privileged prompt has {privileged} tokens, room is {limits.prompt_room()}")
+    room = limits.max_length - max(len(draft.prompt_ids), privileged)
     draft.response_ids = {k: ids for k, ids in own.items() if 0 < len(ids) <= room}
     out.counts["responses_overlong"] += sum(len(ids) > room for ids in own.values())
 

@@ -46,7 +46,7 @@ def find_prompt(view: View, candidates: Sequence[Candidate]) -> Prompt:
     if not isinstance(value, str):
         conversation = messages(value, name, faults)
         if conversation and conversation[0]["role"] != "system":
-            conversation = (*_system(view), *conversation)
+            conversation = (*system(view), *conversation)
         if conversation:
             check_prompt(conversation, name, faults)
         return Prompt(name, conversation, True)
@@ -59,7 +59,7 @@ def find_prompt(view: View, candidates: Sequence[Candidate]) -> Prompt:
         elif prompt and extra.strip():
             prompt = f"{prompt}\n{extra}"
     if prompt is not None and ("system" in view.data or "history" in view.data):
-        return Prompt(name, (*_system(view), *_history(view), {"role": "user", "content": prompt}), True)
+        return Prompt(name, (*system(view), *_history(view), {"role": "user", "content": prompt}), True)
     return Prompt(name, prompt, True)
 
 
@@ -70,7 +70,8 @@ def _absent(view: View) -> Prompt:
     return Prompt("prompt", None, bool(null))
 
 
-def _system(view: View) -> Messages:
+def system(view: View) -> Messages:
+    """The message of a `system` field, or none."""
     value = view.get("system")
     if value is not None and not isinstance(value, str):
         view.faults.add("system", "text", value)
@@ -179,7 +180,7 @@ def _split(
         check_response(w[n:], c.field, view.faults)
     prompt = whole[0][:n]
     if prompt[0]["role"] != "system":
-        prompt = (*_system(view), *prompt)
+        prompt = (*system(view), *prompt)
     return prompt, [*(w[n:] for w in whole), *rest]
 
 

@@ -53,6 +53,7 @@ class Row:
     prompt_ids: tuple[int, ...] | None = None  # of rollouts: the prompt as it was sampled from
     tokenizer: str | None = None  # the key of the tokenizer that prompt_ids and token_ids are of, where the row says it
     record: str | None = None  # of prompts: all fields as JSON, for reward functions
+    privileged: str | tuple[Message, ...] | None = None  # a prompt that knows more, in the same form
 
     @property
     def kind(self) -> Kind:
@@ -94,6 +95,7 @@ class Example:
     teacher_ref_logps: tuple[tuple[tuple[float, ...], ...], ...] | None = None
     ended: tuple[bool, ...] | None = None  # False: its sampler cut it at a limit of length; None: all ended
     record: str | None = None  # of prompts: all fields of the row as JSON, the prompt's text or messages among them
+    privileged_ids: tuple[int, ...] | None = None  # the same responses are also scored after this prompt
 
     @property
     def is_pair(self) -> bool:

@@ -38,6 +38,7 @@ _SCHEMA = pa.schema(
         ("teacher_ref_logps", pa.list_(pa.list_(pa.list_(pa.float32())))),
         ("ended", pa.list_(pa.bool_())),
         ("record", pa.string()),
+        ("privileged_ids", pa.list_(pa.int32())),
     ]
 )
 _HEAVY = ("embedding", "prompt_embedding", "teacher_ids", "teacher_logps", "teacher_ref_logps", "record")

@@ -13,7 +13,7 @@ A prompt for a sampler is all of its own tokens, and a response that the row bri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from po.data.messages import Messages
@@ -41,6 +41,7 @@ class Coded:
     merged: str  # the text of prompt tokens that are scored with the response, mostly ""
     appended: int  # responses whose template ended without a stop token, so that EOS was added
     apart: tuple[int, ...] = ()  # of a prompt: responses that do not continue its tokens, () in response_ids
+    privileged_ids: Ids | None = None
 
 
 class Encoder:
@@ -69,7 +70,24 @@ class Encoder:
                 raise RowFaultError(row.where, f"responses[{k}].logps", want, Say(str(len(r.logps))))
             if r.teacher is not None:
                 self._check_teacher(r.teacher, len(ids), row.where, f"responses[{k}].teacher")
-        return coded
+        return coded if row.privileged is None else replace(coded, privileged_ids=self._privileged(row, coded))
+
+    def _privileged(self, row: Row, coded: Coded) -> Ids:
+        """The privileged prompt's ids. Responses that are tokenized with it must come out the same."""
+        assert row.privileged is not None
+        fixed = row.prompt_ids is not None or row.kind == "prompt"
+        other = self._rendered(
+            replace(row, prompt=row.privileged, record=None, responses=() if fixed else row.responses)
+        )
+        if not other.prompt_ids:
+            raise RowFaultError(row.where, "privileged_prompt", "at least one token before the response", Say("none"))
+        for k, (a, b) in enumerate(zip(coded.response_ids, other.response_ids)):
+            if a != b:
+                at = _agree(a, b)
+                found = [repr(self.tokenizer.decode(ids[at : at + 5])) for ids in (b, a)]
+                want = f"a prompt after which responses[{k}] has the same tokens"
+                raise RowFaultError(row.where, "privileged_prompt", want, Say(" instead of ".join(found)))
+        return other.prompt_ids
 
     def _rendered(self, row: Row) -> Coded:
         if isinstance(row.prompt, str):

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from po.errors import UserError
+from po.heads import HEADS
 from po.spec import Term
+from po.types import Head
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,7 @@ class Wanted:
     differs: bool = False
     mismatch: bool = False
     row: bool = False
+    privileged: bool = False  # the same responses after the row's privileged prompt
     prompts: bool = False  # rows are prompts for a sampler, with all their fields for reward functions
 
     def of_rows(self) -> dict[str, Any]:
@@ -31,13 +36,24 @@ class Wanted:
 
 
 NOTHING_MORE = Wanted()
-_OF_ROWS = ("columns", "embedding", "prompt_embedding", "teacher", "logps", "unlabelled", "prompts")
-_SAME = ("embedding", "prompt_embedding", "teacher", "differs", "mismatch", "row")
+_OF_ROWS = ("columns", "embedding", "prompt_embedding", "teacher", "logps", "unlabelled", "privileged", "prompts")
+_SAME = ("embedding", "prompt_embedding", "teacher", "differs", "mismatch", "row", "privileged")
+
+
+def name_of(head: Head) -> str:
+    """What a recipe calls a head."""
+    return next((name for name, kind in HEADS.items() if kind is type(head)), type(head).__name__)
 
 
 def wanted(terms: Sequence[Term]) -> Wanted:
-    """What the heads of these terms want together."""
+    """What the heads of these terms want together. Raises UserError for two that want different streams."""
     needs = [term.head.needs for term in terms]
+    for one, more in product(terms, terms):
+        if one.head.needs.mismatch and more.head.needs.privileged:
+            raise UserError(
+                f"loss: head {name_of(one.head)!r} compares with responses to other prompts and head "
+                f"{name_of(more.head)!r} with the same ones after a privileged prompt; one recipe can have one of them"
+            )
     return Wanted(
         columns=tuple(sorted({name for n in needs for name in n.columns})),
         logps=any(n.behaviour for n in needs),
