@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 # Lowest first. "x.*" is a package as one layer, within which modules may import each other (heads may not).
 LAYERS = [
     *("errors", "types", "numeric", "heads.*", "spec", "data.rows", "objective", "forest", "data.*", "attention"),
-    *("logprob", "batch", "order", "policy", "reference", "metrics", "checkpoint", "callbacks", "rollout.*"),
-    *("trainer", "recipe.*", "export", "run", "sandbox.*", "cli"),
+    *("logprob", "batch", "order", "policy", "reference", "metrics", "checkpoint", "callbacks", "rewards.*"),
+    *("rollout.*", "trainer", "recipe.*", "export", "run", "sandbox.*", "cli"),
 ]
 
 
