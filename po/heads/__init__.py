@@ -41,10 +41,13 @@ from po.heads.exo_rw import EXORw
 from po.heads.fdpo import FDPO
 from po.heads.feasible_dpo import FeasibleDPO
 from po.heads.gcpo_gold import GCPOGold
+from po.heads.gjsd import GJSD
 from po.heads.grpo import GRPO
 from po.heads.grpo2 import GRPO2
 from po.heads.grpo_kl import GRPOKL
 from po.heads.gspo import GSPO
+from po.heads.hindsight import Hindsight
+from po.heads.hindsight_online import HindsightOnline
 from po.heads.hinge import Hinge
 from po.heads.hybrid_dpo import HybridDPO
 from po.heads.hypo_kl import HyPOKL
@@ -65,9 +68,11 @@ from po.heads.nft import NFT
 from po.heads.npo import NPO
 from po.heads.npo_kl import NPOKL
 from po.heads.npo_nll import NPONLL
+from po.heads.opsd import OPSD
 from po.heads.orpo import ORPO
 from po.heads.padll import PADLL
 from po.heads.pfl import PFL
+from po.heads.pi_distill import PiDistill
 from po.heads.plackett_luce import PlackettLuce
 from po.heads.pmpo import PMPO
 from po.heads.ppo import PPO
@@ -80,11 +85,13 @@ from po.heads.refa import REFA
 from po.heads.reinforce_pp import ReinforcePP
 from po.heads.rloo import RLOO
 from po.heads.rloo_ref_free import RLOORefFree
+from po.heads.rltf_sd import RLTFSD
 from po.heads.rpo_contrast import RPOContrast
 from po.heads.rpo_contrast_unpaired import RPOContrastUnpaired
 from po.heads.rpo_diagonal import RPODiagonal
 from po.heads.rpo_sft import RPOSft
 from po.heads.sapo import SAPO
+from po.heads.sdft import SDFT
 from po.heads.selm import SELM
 from po.heads.sem_dpo import SemDPO
 from po.heads.sft import SFT
@@ -99,9 +106,11 @@ from po.heads.tdpo2 import TDPO2
 from po.heads.topr import TOPR
 from po.heads.tpo_l import TPOL
 from po.heads.tpo_triple import TPOTriple
+from po.heads.unisd import UniSD
 from po.heads.vespo import VESPO
 from po.heads.wpo import WPO
 from po.heads.wpo_unaligned import WPOUnaligned
+from po.heads.xpo import XPO
 from po.types import Head
 
 HEADS: dict[str, type[Head]] = {
@@ -146,10 +155,13 @@ HEADS: dict[str, type[Head]] = {
     "fdpo": FDPO,
     "feasible_dpo": FeasibleDPO,
     "gcpo_gold": GCPOGold,
+    "gjsd": GJSD,
     "grpo": GRPO,
     "grpo2": GRPO2,
     "grpo_kl": GRPOKL,
     "gspo": GSPO,
+    "hindsight": Hindsight,
+    "hindsight_online": HindsightOnline,
     "hinge": Hinge,
     "hybrid_dpo": HybridDPO,
     "hypo_kl": HyPOKL,
@@ -170,9 +182,11 @@ HEADS: dict[str, type[Head]] = {
     "npo": NPO,
     "npo_kl": NPOKL,
     "npo_nll": NPONLL,
+    "opsd": OPSD,
     "orpo": ORPO,
     "padll": PADLL,
     "pfl": PFL,
+    "pi_distill": PiDistill,
     "plackett_luce": PlackettLuce,
     "pmpo": PMPO,
     "ppo": PPO,
@@ -185,11 +199,13 @@ HEADS: dict[str, type[Head]] = {
     "reinforce_pp": ReinforcePP,
     "rloo": RLOO,
     "rloo_ref_free": RLOORefFree,
+    "rltf_sd": RLTFSD,
     "rpo_contrast": RPOContrast,
     "rpo_contrast_unpaired": RPOContrastUnpaired,
     "rpo_diagonal": RPODiagonal,
     "rpo_sft": RPOSft,
     "sapo": SAPO,
+    "sdft": SDFT,
     "selm": SELM,
     "sem_dpo": SemDPO,
     "sft": SFT,
@@ -204,7 +220,9 @@ HEADS: dict[str, type[Head]] = {
     "topr": TOPR,
     "tpo_l": TPOL,
     "tpo_triple": TPOTriple,
+    "unisd": UniSD,
     "vespo": VESPO,
     "wpo": WPO,
     "wpo_unaligned": WPOUnaligned,
+    "xpo": XPO,
 }
