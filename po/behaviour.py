@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
@@ -31,7 +31,20 @@ def correction(batch: Batch, kind: Correction, cap: float) -> Tensor | None:
     old_T = batch.own(batch.old_T)
     if kind == "none" or batch.sampler_T is None:
         return torch.ones_like(old_T)
-    gap_T = old_T - batch.own(batch.sampler_T)
+    gap_T = _gap(old_T, batch.own(batch.sampler_T))
     if kind == "sequence":
         gap_T = batch.seg.spread(batch.seg.sum(gap_T))
     return gap_T.clamp(max=20).exp().clamp(max=cap)
+
+
+def _gap(old_T: Tensor, sampler_T: Tensor) -> Tensor:
+    """0 at tokens that no sampler wrote (NaN)."""
+    return torch.where(sampler_T.isnan(), 0, old_T - sampler_T)
+
+
+def sampling_metrics(batch: Batch) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+    """How far the sampler's own log-probs are from the trainer's; TRL's name."""
+    if batch.sampler_T is not None and batch.old_T is not None:
+        gap_T = _gap(batch.old_T, batch.sampler_T).abs()
+        counts_T = batch.own(~batch.sampler_T.isnan()) & batch.seg.spread(batch.seg.valid_GK)
+        yield "sampling/sampling_logp_difference/mean", batch.own(gap_T), counts_T

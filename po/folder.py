@@ -21,7 +21,8 @@ import torch
 from po.checkpoint import checkpoints
 from po.errors import UserError
 
-_TRACES = ("metrics.jsonl", "adapter_config.json", "config.json")  # beside checkpoints: what a second run would spoil
+# Beside checkpoints: what a second run would spoil.
+_TRACES = ("metrics.jsonl", "adapter_config.json", "config.json", "rollouts")
 _PACKAGES = (
     *("po", "torch", "transformers", "peft", "datasets", "accelerate", "deepspeed", "safetensors", "tokenizers"),
     *("numpy", "bitsandbytes", "wandb", "trl"),

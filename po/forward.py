@@ -14,7 +14,7 @@ from po.behaviour import correction, with_behaviour
 from po.logprob import Scores, Want, score
 from po.pieces import Piece
 from po.ref_kinds import Reference
-from po.spec import Correction, Term
+from po.spec import Correction, RolloutSpec, Term
 from po.types import HeadInput
 
 
@@ -30,13 +30,7 @@ class Seen(NamedTuple):
 class Forward:
     """Runs the policy over a batch, and the reference where a head reads it and the batch does not bring it."""
 
-    def __init__(
-        self,
-        terms: Sequence[Term],
-        reference: Reference | None,
-        correction: Correction = "none",
-        correction_cap: float = 1.0,
-    ) -> None:
+    def __init__(self, terms: Sequence[Term], reference: Reference | None, rollout: RolloutSpec | None = None) -> None:
         needs = [t.head.needs for t in terms]
         self._reference = reference if any(n.any_reference for n in needs) else None
         self._live = any(n.live_reference for n in needs)
@@ -46,7 +40,9 @@ class Forward:
         self._collision = any(n.collision for n in needs)
         self._corrects = any(n.correction for n in needs)
         self._progresses = any(n.progress for n in needs)
-        self._correction, self._cap = correction, correction_cap
+        self._asked: tuple[Correction, float] = (
+            ("none", 1.0) if rollout is None else (rollout.correction, rollout.correction_cap)
+        )
         self.progress = 0.0  # the share of the run's steps that are done
 
     def __call__(self, model: nn.Module, batch: Batch) -> Seen:
@@ -75,7 +71,7 @@ class Forward:
             collision=scores.collision_T,
             candidate=scores.candidate_TM,
             gates=scores.gates,
-            correction=correction(batch, self._correction, self._cap) if self._corrects else None,
+            correction=correction(batch, *self._asked) if self._corrects else None,
             progress=scores.logp_T.new_tensor(self.progress) if self._progresses else None,
         )
 

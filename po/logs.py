@@ -16,6 +16,8 @@ from transformers import ProgressCallback, TrainerCallback
 _SHOWN = (  # metric, what the terminal calls it, format
     ("loss", "loss", ".4f"),
     ("eval_loss", "eval loss", ".4f"),
+    ("reward", "reward", ".3f"),
+    ("eval_reward", "reward", ".3f"),
     ("rewards/accuracies", "accuracy", ".3f"),
     ("eval_rewards/accuracies", "accuracy", ".3f"),
     ("rewards/margins", "margin", ".4f"),

@@ -56,8 +56,11 @@ def objective(
     outputs, masks = [], []
     for i, term in enumerate(terms):
         over = scope(term.head.needs)
-        gates = {name.partition(".")[2]: g for name, g in x.gates.items() if name.startswith(f"{i}.")}
-        out = term.head(replace(x, gates=gates, state=states[i] if states else {}))
+        own, old = (
+            {name.partition(".")[2]: g for name, g in gates.items() if name.startswith(f"{i}.")}
+            for gates in (x.gates, x.old_gates)
+        )
+        out = term.head(replace(x, gates=own, old_gates=old, state=states[i] if states else {}))
         mask = counted(x, over)
         if out.loss.shape != mask.shape:
             raise ValueError(

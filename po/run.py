@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from po.callbacks import GracefulStop, NonFinite, Watchdog
 from po.checkpoint import check_same, newest_sound
 from po.data.layout import arrange, check_needs
 from po.data.prepare import Prepared, prepare
+from po.data.rows import Item
 from po.errors import StoppedError
 from po.folder import RunLock, environment
 from po.gates import attach
@@ -26,8 +27,9 @@ from po.policy import load_policy, load_tokenizer, tokenizer_key
 from po.process import arguments, keep_freed_memory, quiet, say
 from po.recipe import keep_checkpoints, resolved_text
 from po.reference import build_reference
+from po.rollout.assemble import build_rollouts
 from po.sharing import problem, share
-from po.spec import Recipe
+from po.spec import DataSpec, Recipe, RolloutSpec
 from po.trackers import SafeTrackers
 from po.trainer import POTrainer
 from po.types import Layout
@@ -74,6 +76,8 @@ class Job:
 
 def load_data(recipe: Recipe, tokenizer: Any) -> Data:
     """Rows -> groups in the layout that the recipe's heads need. Raises UserError for bad rows and unmet needs."""
+    if recipe.rollout is not None:
+        return _load_prompts(recipe, recipe.rollout, tokenizer)
     key, spec, more = tokenizer_key(tokenizer), recipe.data, wanted(recipe.loss)
     train = prepare(spec, spec.train, tokenizer, key, "train", more)
     prepared = [train]
@@ -87,6 +91,26 @@ def load_data(recipe: Recipe, tokenizer: Any) -> Data:
         groups.append(Groups(p.examples, items))
         lines += [p.report.summary(), line]
     return Data(groups[0], groups[1] if spec.eval else None, layout, tuple(prepared), tuple(lines))
+
+
+def _load_prompts(recipe: Recipe, rollout: RolloutSpec, tokenizer: Any) -> Data:
+    """Rows of which only the prompts are trained on; their other fields are for rewards."""
+    key, more = tokenizer_key(tokenizer), replace(wanted(recipe.loss), prompts=True)
+    room = recipe.data.max_length - rollout.max_completion_length
+    spec = replace(recipe.data, max_prompt_length=min(room, recipe.data.max_prompt_length or room))
+    prepared = [prepare(spec, spec.train, tokenizer, key, "train", more)]
+    if spec.eval:
+        prepared.append(prepare(spec, spec.eval, tokenizer, key, "eval", more))
+    layouts = [check_needs(recipe.loss, p.examples, where, sampled=True) for p, where in zip(prepared, _paths(spec))]
+    groups = [Groups(p.examples, [Item(i, ()) for i in range(len(p.examples))]) for p in prepared]
+    lines = [
+        line for p, g in zip(prepared, groups) for line in (p.report.summary(), f"{len(g)} prompts to sample from")
+    ]
+    return Data(groups[0], groups[1] if spec.eval else None, layouts[0], tuple(prepared), tuple(lines))
+
+
+def _paths(spec: DataSpec) -> tuple[str, ...]:
+    return tuple(sources[0].path for sources in (spec.train, spec.eval) if sources)
 
 
 def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
@@ -108,6 +132,7 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         _write_run_files(folder, recipe, data)
     torch.manual_seed(recipe.seed)
     policy, sharing = _policy(recipe, args)
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     reference = build_reference(
         recipe,
         [g for g in (data.train, data.eval) if g is not None],
@@ -115,11 +140,25 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         device=args.device,
         rank=args.process_index,
         world=args.world_size,
-        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        autocast=autocast,
     )
     trackers, args.report_to = SafeTrackers(args.report_to, folder), []
     attach(policy, recipe.loss, reference.net if reference is not None else None)
     guard = NonFinite(folder)
+    collate = Collate(
+        sharing,
+        reference.lookup if reference else None,
+        data.layout == "pair",
+        wanted(recipe.loss),
+        recipe.max_tokens_per_forward,
+        sampled=recipe.rollout is not None,
+        temperature=1.0 if recipe.rollout is None else recipe.rollout.temperature,
+    )
+    meta, rollouts = _meta(recipe, data, args), None
+    if recipe.rollout is not None:
+        key, prompts = tokenizer_key(tokenizer), data.train.examples
+        made = (policy, reference, tokenizer, key, meta, args.device, autocast)
+        rollouts = build_rollouts(recipe, prompts, data.layout, collate, *made)
     trainer = POTrainer(
         model=policy,
         args=args,
@@ -127,17 +166,12 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         train_dataset=data.train,
         eval_dataset=data.eval,
         terms=recipe.loss,
-        collate=Collate(
-            sharing,
-            reference.lookup if reference else None,
-            data.layout == "pair",
-            wanted(recipe.loss),
-            recipe.max_tokens_per_forward,
-        ),
+        collate=collate,
         reference=reference,
         guard=guard,
         keep=keep_checkpoints(recipe),
-        meta=_meta(recipe, data, args),
+        meta=meta,
+        rollouts=rollouts,
     )
     return Job(recipe, data, trainer, folder, lock, _watch(trainer, folder, guard, trackers))
 
@@ -180,6 +214,7 @@ def _meta(recipe: Recipe, data: Data, args: Any) -> dict[str, Any]:
         "lora": repr(recipe.lora),
         "zero_stage": stage(recipe.deepspeed),
         "schedule": {k: str(recipe.train.get(k)) for k in _SCHEDULE},
+        **({} if recipe.rollout is None else {"rollout": repr(recipe.rollout)}),
     }
 
 

@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from po.accumulate import accumulate
 from po.batch import Batch, Collate, Groups
+from po.behaviour import sampling_metrics
 from po.callbacks import NonFinite
 from po.checkpoint import sealed_save
 from po.coupled import Coupled
@@ -27,6 +28,8 @@ from po.metrics import Meter, Metric, names, preference_metrics
 from po.objective import Parts, Scope, counted, objective, scope
 from po.order import StepLoader, StepSampler
 from po.reference import Reference, check_start, compute_dtype
+from po.rollout.rollouts import Rollouts
+from po.rollout.rounds import Asks, RoundSampler, alone
 from po.sharing import verify
 from po.spec import Term
 from po.speed import Speed, positions
@@ -38,7 +41,8 @@ class POTrainer(Trainer):
     """The training loop. Batch sizes count groups (prompts with their responses).
 
     reference: gives log ref(y_t) of a batch; None where no head needs one. guard: stops a step that is not finite.
-    keep: how many checkpoints stay; meta: what a resumed run must have in common with this one.
+    keep: how many checkpoints stay; meta: what a resumed run must have in common with this one. rollouts: samples the
+    responses of the training rows, which then are prompts.
     """
 
     loss_is_scaled_for_ga = True  # the counts cover the whole optimizer step
@@ -52,16 +56,17 @@ class POTrainer(Trainer):
         guard: NonFinite,
         keep: int | None = None,
         meta: Mapping[str, Any] | None = None,
+        rollouts: Rollouts | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, data_collator=collate, **kwargs)
         self.terms = tuple(terms)
         self.reference, self.guard = reference, guard
-        self.keep, self.meta = keep, meta or {}
+        self.keep, self.meta, self.rollouts = keep, meta or {}, rollouts
         self.meter = Meter()
         self.speed = Speed(self.model, self.args.device, _autocast(self.args) or compute_dtype(self.model))
         self._checked = False
-        self.forward = Forward(self.terms, reference)
+        self.forward = Forward(self.terms, reference, None if rollouts is None else rollouts.spec)
         self.coupled = None
         splits = collate.max_tokens is not None
         if splits or any(t.head.needs.couples_batch for t in terms):
@@ -86,7 +91,7 @@ class POTrainer(Trainer):
     # Rows
 
     def _loader(self, groups: Groups, per_device: int, accumulation: int, shuffle: bool) -> StepLoader:
-        sampler = StepSampler(
+        order = (
             len(groups),
             per_device,
             accumulation,
@@ -96,9 +101,13 @@ class POTrainer(Trainer):
             self.args.data_seed if self.args.data_seed is not None else self.args.seed,
             groups.sizes() if shuffle else (),
         )
+        if self.rollouts is not None:
+            spec = self.rollouts.spec
+            rounds = RoundSampler(*order, steps=spec.steps_per_generation, iterations=spec.num_iterations)
+            return StepLoader(Asks(), batch_sampler=rounds, collate_fn=alone)
         return StepLoader(
             groups,
-            batch_sampler=sampler,
+            batch_sampler=StepSampler(*order),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
@@ -124,6 +133,11 @@ class POTrainer(Trainer):
     ) -> tuple[list[Batch], dict[Scope, float]]:
         """The micro-batches of one optimizer step, and how many units they hold over all ranks."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
+        self.forward.progress = self.state.global_step / max(self.state.max_steps, 1)
+        if self.rollouts is not None:
+            asks: list[Any] = batches
+            with self.speed.paused():
+                batches = self.rollouts.batches(self.model_wrapped, asks, self.forward, self._record)
         empty = torch.empty(0)
         local = [[int(counted(b.head_input(empty, None), s).sum()) for s in self._scopes()] for b in batches]
         total = torch.tensor(local, dtype=torch.float64, device=device).sum(0)
@@ -173,6 +187,7 @@ class POTrainer(Trainer):
         seen = self.forward(model, batch)
         parts = objective(self.terms, seen.x, counts)
         self._record(preference_metrics(moved(seen.x, seen.x.policy_T.device), self.terms, parts, seen.scores))
+        self._record(sampling_metrics(seen.batch))
         return seen.x, parts
 
     @torch.no_grad()
@@ -206,18 +221,24 @@ class POTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The objective and all metrics over the evaluation rows, exact over batches and ranks."""
+        """The objective and all metrics over the evaluation rows, exact over batches and ranks; of a run that samples,
+        the rewards of one sample for each evaluation prompt."""
         model = self.model_wrapped
         training, kept, self.meter = model.training, self.meter, Meter()
         model.eval()
         try:
             with self.speed.paused():
-                self._go_through(model, eval_dataset or self.eval_dataset)
+                rows = eval_dataset or self.eval_dataset
+                if self.rollouts is None:
+                    self._go_through(model, rows)
+                else:
+                    self._record(self.rollouts.evaluate(model, rows.examples))
                 found = self.meter.flush()
         finally:
             model.train(training)
             self.meter = kept
-        found["loss"] = sum(t.weight * found[f"loss/{name}"] for t, name in zip(self.terms, names(self.terms)))
+        if self.rollouts is None:
+            found["loss"] = sum(t.weight * found[f"loss/{name}"] for t, name in zip(self.terms, names(self.terms)))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in found.items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

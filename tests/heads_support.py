@@ -160,7 +160,8 @@ def tensors(x: HeadInput) -> dict[str, Tensor]:
 def parts(head: Head, x: HeadInput) -> Parts:
     """The objective of this input alone: the mean over its own units."""
     over = scope(head.needs)
-    x = change(x, gates={f"0.{name}": gate for name, gate in x.gates.items()})
+    named = {kind: {f"0.{name}": gate for name, gate in getattr(x, kind).items()} for kind in ("gates", "old_gates")}
+    x = change(x, **named)
     return objective([Term(head)], x, {over: float(counted(x, over).sum())}, [x.state])
 
 

@@ -50,6 +50,11 @@ def sampler(net: Any, max_tokens: int = 12, stop: Sequence[int] = (STOP,), pad_i
     return HFSampler(net, Sampling(max_tokens, **cut), stop, pad_id, "cpu", **more)
 
 
+def sampled(draw: HFSampler, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seed: int) -> Any:
+    """Every prompt by a seed of its own."""
+    return draw.sample(prompts, n, [100 * seed + i for i in range(len(prompts))])
+
+
 @torch.no_grad()
 def scored(net: Any, prompt: tuple[int, ...], samples: Sequence[Sampled], temperature: float = 1.0) -> Tensor:
     """po's log-probs of all tokens of a prompt's samples."""
@@ -78,7 +83,7 @@ class Tokens:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_are_those_that_training_computes(family: str, temperature: float) -> None:
     net = policy(family)
-    out = sampler(net, temperature=temperature).sample(PROMPTS, N, seeds=SEEDS[3])
+    out = sampled(sampler(net, temperature=temperature), PROMPTS, N, 3)
     assert [len(samples) for samples in out] == N
     for prompt, samples in zip(PROMPTS, out):
         torch.testing.assert_close(recorded(samples), scored(net, prompt, samples, temperature), rtol=0, atol=1e-5)
@@ -87,14 +92,14 @@ def test_log_probs_are_those_that_training_computes(family: str, temperature: fl
 @pytest.mark.parametrize("cut", [{"top_k": 3}, {"top_p": 0.5}, {"top_k": 20, "top_p": 0.7, "temperature": 1.3}])
 def test_log_probs_are_of_the_whole_vocabulary_whatever_is_cut(cut: dict[str, Any]) -> None:
     net = policy()
-    (samples,) = sampler(net, **cut).sample(PROMPTS[:1], 4, seeds=SEEDS[0])
+    (samples,) = sampled(sampler(net, **cut), PROMPTS[:1], 4, 0)
     expected = scored(net, PROMPTS[0], samples, cut.get("temperature", 1.0))
     torch.testing.assert_close(recorded(samples), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_is_plain_generation_of_each_prompt_alone(family: str) -> None:
-    out = sampler(policy(family), temperature=0.0).sample(PROMPTS, 1, seeds=SEEDS[0])
+    out = sampled(sampler(policy(family), temperature=0.0), PROMPTS, 1, 0)
     plain = tiny(family, torch.float32).eval()  # neither po's attention nor its scoring
     settings = GenerationConfig(do_sample=False, max_new_tokens=12, eos_token_id=STOP, pad_token_id=0)
     for prompt, (greedy,) in zip(PROMPTS, out):
@@ -111,10 +116,10 @@ def test_greedy_is_plain_generation_of_each_prompt_alone(family: str) -> None:
 def test_padding_changes_nothing(family: str) -> None:
     """A prompt's greedy responses beside longer prompts, whatever the padding token is, and alone."""
     net = policy(family)
-    together = sampler(net, temperature=0.0).sample(PROMPTS, 1, seeds=SEEDS[0])
-    assert sampler(net, temperature=0.0, pad_id=17).sample(PROMPTS, 1, seeds=SEEDS[0]) == together
+    together = sampled(sampler(net, temperature=0.0), PROMPTS, 1, 0)
+    assert sampled(sampler(net, temperature=0.0, pad_id=17), PROMPTS, 1, 0) == together
     for prompt, (expected,) in zip(PROMPTS, together):
-        ((alone,),) = sampler(net, temperature=0.0).sample([prompt], 1, seeds=SEEDS[0])
+        ((alone,),) = sampled(sampler(net, temperature=0.0), [prompt], 1, 0)
         assert alone.ids == expected.ids
         torch.testing.assert_close(recorded([alone]), recorded([expected]), rtol=0, atol=1e-5)
 
@@ -123,7 +128,7 @@ def test_padding_changes_nothing(family: str) -> None:
 def test_a_prompt_is_computed_once_for_all_its_samples(family: str) -> None:
     net = policy(family)
     seen = Tokens(net)
-    sampler(net, stop=()).sample([PROMPTS[0]], 8, seeds=SEEDS[0])
+    sampled(sampler(net, stop=()), [PROMPTS[0]], 8, 0)
     assert seen.shapes[0] == (1, len(PROMPTS[0]) - 1)  # once, less the token whose forward predicts the first ones
     assert seen.shapes[1:] == [(8, 1)] * 12
 
@@ -144,7 +149,7 @@ def test_frequencies_are_the_softmax(cut: dict[str, Any], kept: int) -> None:
     with torch.no_grad():
         net.lm_head.weight.mul_(3)
     prompt = (3, 4, 1)
-    (samples,) = sampler(net, 2, stop=(), sequences_per_call=1000, **cut).sample([prompt], 4000, seeds=SEEDS[1])
+    (samples,) = sampled(sampler(net, 2, stop=(), sequences_per_call=1000, **cut), [prompt], 4000, 1)
 
     def following(*ids: int) -> Tensor:
         net.eval()
@@ -166,13 +171,18 @@ def test_frequencies_are_the_softmax(cut: dict[str, Any], kept: int) -> None:
 def test_a_seed_decides_the_samples_and_nothing_else_does() -> None:
     net = policy()
     draw = sampler(net)
-    first = draw.sample(PROMPTS, N, seeds=SEEDS[5])
+    first = sampled(draw, PROMPTS, N, 5)
     torch.manual_seed(99)
     torch.rand(3)
-    assert draw.sample(PROMPTS, N, seeds=SEEDS[5]) == first
-    assert sampler(policy()).sample(PROMPTS, N, seeds=SEEDS[5]) == first
-    assert draw.sample(PROMPTS, N, seeds=SEEDS[6]) != first
-    flat = [s.ids for samples in draw.sample([PROMPTS[0], PROMPTS[0]], 4, seeds=SEEDS[0]) for s in samples]
+    assert sampled(draw, PROMPTS, N, 5) == first
+    assert sampled(sampler(policy()), PROMPTS, N, 5) == first
+    assert sampled(draw, PROMPTS, N, 6) != first
+    for order in ((2,), (3, 1), (3, 2, 1, 0)):  # neither company nor place matters
+        seeds = [500 + i for i in order]
+        again = draw.sample([PROMPTS[i] for i in order], [N[i] for i in order], seeds)
+        for i, found in zip(order, again, strict=True):
+            assert [s.ids for s in found] == [s.ids for s in first[i]]
+    flat = [s.ids for samples in sampled(draw, [PROMPTS[0], PROMPTS[0]], 4, 0) for s in samples]
     assert len(set(flat)) == 8  # the samples of equal prompts differ too
 
 
@@ -180,7 +190,7 @@ def test_the_random_state_is_left_as_it_was() -> None:
     net = policy()
     torch.manual_seed(4)
     before = torch.get_rng_state()
-    sampler(net).sample(PROMPTS, 1, seeds=SEEDS[0])
+    sampled(sampler(net), PROMPTS, 1, 0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -197,7 +207,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
     before = state()
     assert before[0].count((True, True)) > 0
-    sampler(net).sample(PROMPTS, 1, seeds=SEEDS[0])
+    sampled(sampler(net), PROMPTS, 1, 0)
     assert state() == before
     stream = pad([([5, 6], [[7, 8]])], 1)
     score(net, stream).logp_T.sum().backward()  # still scores, with a gradient
@@ -205,7 +215,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_settings_that_a_model_ships_with_play_no_part() -> None:
-    expected = sampler(policy()).sample(PROMPTS, 2, seeds=SEEDS[0])
+    expected = sampled(sampler(policy()), PROMPTS, 2, 0)
     net = policy()
     net.generation_config = GenerationConfig(
         do_sample=True,
@@ -219,20 +229,20 @@ def test_settings_that_a_model_ships_with_play_no_part() -> None:
         suppress_tokens=list(range(3, 50)),
         num_beams=3,
     )
-    assert sampler(net).sample(PROMPTS, 2, seeds=SEEDS[0]) == expected
+    assert sampled(sampler(net), PROMPTS, 2, 0) == expected
 
 
 def test_dropout_and_gradient_checkpointing_are_off_meanwhile() -> None:
     quiet, noisy = policy(), policy(attention_dropout=0.5)
     noisy.gradient_checkpointing_enable()
     seen = Tokens(noisy)
-    assert sampler(noisy).sample(PROMPTS, 2, seeds=SEEDS[0]) == sampler(quiet).sample(PROMPTS, 2, seeds=SEEDS[0])
+    assert sampled(sampler(noisy), PROMPTS, 2, 0) == sampled(sampler(quiet), PROMPTS, 2, 0)
     assert len(seen.prompts()) == 1  # one forward over the prompts: the cache was in use
 
 
 def test_a_response_ends_with_its_stop_token() -> None:
     net = policy()
-    samples = [s for some in sampler(net, 40, stop=(2, 3, 4, 7)).sample(PROMPTS, 8, seeds=SEEDS[0]) for s in some]
+    samples = [s for some in sampled(sampler(net, 40, stop=(2, 3, 4, 7)), PROMPTS, 8, 0) for s in some]
     assert {s.ended for s in samples} == {True, False}
     assert len({s.ids[-1] for s in samples if s.ended}) > 1
     for s in samples:
@@ -245,27 +255,27 @@ def test_a_response_ends_with_its_stop_token() -> None:
 
 def test_the_padding_token_may_be_the_stop_token_and_be_sampled() -> None:
     net = policy()
-    (a,) = sampler(net, stop=(5,), pad_id=5).sample(PROMPTS[:1], 8, seeds=SEEDS[0])  # also the prompt's first token
-    (b,) = sampler(net, stop=(5,), pad_id=0).sample(PROMPTS[:1], 8, seeds=SEEDS[0])
+    (a,) = sampled(sampler(net, stop=(5,), pad_id=5), PROMPTS[:1], 8, 0)  # also the prompt's first token
+    (b,) = sampled(sampler(net, stop=(5,), pad_id=0), PROMPTS[:1], 8, 0)
     assert a == b
 
 
 def test_nothing_to_sample() -> None:
     draw = sampler(policy())
-    assert draw.sample([], 3, seeds=SEEDS[0]) == []
-    assert draw.sample(PROMPTS, [0, 1, 0, 0], seeds=SEEDS[0])[0] == []
+    assert sampled(draw, [], 3, 0) == []
+    assert sampled(draw, PROMPTS, [0, 1, 0, 0], 0)[0] == []
     with pytest.raises(AssertionError, match="a prompt without tokens"):
-        draw.sample([()], 1, seeds=SEEDS[0])
+        sampled(draw, [()], 1, 0)
     with pytest.raises(AssertionError, match="2 numbers of samples for 1 prompts"):
-        draw.sample([(5,)], [1, 2], seeds=SEEDS[0])
+        sampled(draw, [(5,)], [1, 2], 0)
 
 
 def test_calls_hold_no_more_sequences_than_asked() -> None:
     net = policy("gpt2")
     seen = Tokens(net)
-    out = sampler(net, stop=(), sequences_per_call=3, temperature=0.0).sample(PROMPTS, N, seeds=SEEDS[0])
+    out = sampled(sampler(net, stop=(), sequences_per_call=3, temperature=0.0), PROMPTS, N, 0)
     assert max(rows for rows, _ in seen.shapes) == 3
-    whole = sampler(net, stop=(), temperature=0.0).sample(PROMPTS, N, seeds=SEEDS[0])
+    whole = sampled(sampler(net, stop=(), temperature=0.0), PROMPTS, N, 0)
     assert [[s.ids for s in some] for some in out] == [[s.ids for s in some] for some in whole]
 
 
@@ -289,31 +299,31 @@ class Wrapped(nn.Module):
 
 
 def test_the_adapter_is_in_force_unless_it_is_off() -> None:
-    base = sampler(policy()).sample(PROMPTS, 2, seeds=SEEDS[0])
+    base = sampled(sampler(policy()), PROMPTS, 2, 0)
     net = Wrapped(lora(policy()))
-    on = sampler(net).sample(PROMPTS, 2, seeds=SEEDS[0])
-    assert sampler(net, adapter=False).sample(PROMPTS, 2, seeds=SEEDS[0]) == base
+    on = sampled(sampler(net), PROMPTS, 2, 0)
+    assert sampled(sampler(net, adapter=False), PROMPTS, 2, 0) == base
     assert on != base
     torch.testing.assert_close(recorded(on[0]), scored(net.module, PROMPTS[0], on[0]), rtol=0, atol=1e-5)
-    assert sampler(net).sample(PROMPTS, 2, seeds=SEEDS[0]) == on  # and on again
+    assert sampled(sampler(net), PROMPTS, 2, 0) == on  # and on again
     with pytest.raises(AssertionError, match="has no adapter"):
-        sampler(policy(), adapter=False).sample(PROMPTS, 2, seeds=SEEDS[0])
+        sampled(sampler(policy(), adapter=False), PROMPTS, 2, 0)
 
 
 def test_samples_follow_the_weights() -> None:
     net = policy()
     draw = sampler(net, temperature=0.0)
-    before = draw.sample(PROMPTS, 1, seeds=SEEDS[0])
+    before = sampled(draw, PROMPTS, 1, 0)
     with torch.no_grad():
         net.lm_head.weight.neg_()
-    assert draw.sample(PROMPTS, 1, seeds=SEEDS[0]) != before
+    assert sampled(draw, PROMPTS, 1, 0) != before
     draw.update(policy())
-    assert draw.sample(PROMPTS, 1, seeds=SEEDS[0]) == before
+    assert sampled(draw, PROMPTS, 1, 0) == before
 
 
 def test_mixed_precision_is_the_trainers() -> None:
     net = policy()
-    (samples,) = sampler(net, autocast=torch.bfloat16).sample(PROMPTS[:1], 4, seeds=SEEDS[0])
+    (samples,) = sampled(sampler(net, autocast=torch.bfloat16), PROMPTS[:1], 4, 0)
     with torch.autocast("cpu", torch.bfloat16):
         alike = scored(net, PROMPTS[0], samples)
     gap, apart = ((recorded(samples) - x).abs().mean() for x in (alike, scored(net, PROMPTS[0], samples)))
@@ -331,7 +341,7 @@ def test_a_recurrent_model_computes_a_prompt_for_each_sample() -> None:
         nn.init.normal_(p, std=0.3)
     assert not copies(net.eval())
     seen = Tokens(net)
-    out = sampler(net, temperature=0.0).sample(PROMPTS, N, seeds=SEEDS[0])
+    out = sampled(sampler(net, temperature=0.0), PROMPTS, N, 0)
     assert sum(rows for rows, _ in seen.prompts()) == sum(n for n, p in zip(N, PROMPTS) if len(p) > 1)
     assert [len(s) for s in out] == N
     for prompt, samples in zip(PROMPTS, out):
@@ -346,14 +356,14 @@ def test_a_partitioned_model_needs_its_engine() -> None:
     net = policy()
     next(net.parameters()).ds_id = 0  # as DeepSpeed marks it
     with pytest.raises(UserError, match="expected the engine"):
-        sampler(net).sample(PROMPTS, 1, seeds=SEEDS[0])
+        sampled(sampler(net), PROMPTS, 1, 0)
 
 
 ZERO3 = """
 import json, sys
 import deepspeed, torch
 sys.path.insert(0, {tests!r})
-from test_rollout_sampler import PROMPTS, lora, policy, sampler
+from test_rollout_sampler import PROMPTS, lora, policy, sampled, sampler
 from po.forest import pad
 from po.logprob import score
 
@@ -374,9 +384,9 @@ def steps(between):
     for i in range(3):
         if between:
             mine = PROMPTS[: 4 - 3 * rank]  # rank 1 has fewer prompts, and shorter responses
-            seen.append([[s.ids for s in some] for some in sampler(net, 12 - 6 * rank).sample(mine, 2, seeds=SEEDS[i])])
+            seen.append([[s.ids for s in some] for some in sampled(sampler(net, 12 - 6 * rank), mine, 2, i)])
             if {adapter}:
-                seen.append([[s.ids for s in some] for some in sampler(net, adapter=False).sample(mine, 1, seeds=SEEDS[i])])
+                seen.append([[s.ids for s in some] for some in sampled(sampler(net, adapter=False), mine, 1, i)])
         logp_T = score(net, pad([([5, 6, 7], [[8, 9, 2], [30, 2]])], 2)).logp_T
         seen.append(round(float(logp_T.sum()), 4))
         step(-logp_T.mean())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from po.errors import UserError
 from po.rollout.sampler import Sampled, Sampling, counts
@@ -56,16 +57,19 @@ class HFSampler:
         self.model = model
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seed: int) -> list[list[Sampled]]:
-        """Equal arguments and weights give equal samples. The global random state is left as it was."""
-        rows = [i for i, k in enumerate(counts(prompts, n)) for _ in range(k)]
-        rows.sort(key=lambda i: len(prompts[i]))
+    def sample(
+        self, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seeds: Sequence[int]
+    ) -> list[list[Sampled]]:
+        """Every sample draws from a generator of its own; the global random state is left as it was."""
+        assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
+        rows = [(i, j) for i, k in enumerate(counts(prompts, n)) for j in range(k)]
+        rows.sort(key=lambda row: len(prompts[row[0]]))
         out: list[list[Sampled]] = [[] for _ in prompts]
         with ExitStack() as stack:
             net = stack.enter_context(self._ready())
-            stack.enter_context(_seeded(seed, self.device))
             for call in _calls(rows, prompts, self.sequences_per_call, one_length=not copies(net)):
-                for i, sampled in zip(call, self._generate(net, [prompts[i] for i in call])):
+                noise = [self._noise(seeds[i], j) for i, j in call]
+                for (i, _), sampled in zip(call, self._generate(net, [prompts[i] for i, _ in call], noise)):
                     out[i].append(sampled)
         return out
 
@@ -83,19 +87,33 @@ class HFSampler:
                 stack.enter_context(torch.autocast(self.device.type, self.autocast))
             yield net
 
+    def _noise(self, seed: int, sample: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed((seed * 1_000_003 + sample) % 2**63)
+
     def _settings(self) -> GenerationConfig:
-        s = self.sampling
-        draw = {"temperature": s.temperature, "top_p": s.top_p, "top_k": s.top_k} if s.temperature else {}
+        """Always the likeliest token: what is drawn, `_Noise` decides."""
         return GenerationConfig(
-            do_sample=s.temperature > 0,
-            max_new_tokens=s.max_tokens,
+            do_sample=False,
+            max_new_tokens=self.sampling.max_tokens,
             eos_token_id=sorted(self.stop_ids) or None,
             pad_token_id=self.pad_id,
-            **draw,
         )
 
-    def _generate(self, net: Any, prompts: list[tuple[int, ...]]) -> list[Sampled]:
-        """One sample of each prompt; equal prompts stand together."""
+    def _processors(self, record: _Record, noise: list[torch.Generator]) -> LogitsProcessorList:
+        s, found = self.sampling, LogitsProcessorList([record])
+        if s.temperature == 0:
+            return found
+        if s.temperature != 1:
+            found.append(TemperatureLogitsWarper(s.temperature))
+        if s.top_k:
+            found.append(TopKLogitsWarper(s.top_k))
+        if s.top_p < 1:
+            found.append(TopPLogitsWarper(s.top_p))
+        found.append(_Noise(noise))
+        return found
+
+    def _generate(self, net: Any, prompts: list[tuple[int, ...]], noise: list[torch.Generator]) -> list[Sampled]:
+        """One sample of each prompt, each with a generator; equal prompts stand together."""
         distinct = [p for p, _ in groupby(prompts)]
         of_row = torch.tensor([k for k, (_, same) in enumerate(groupby(prompts)) for _ in same], device=self.device)
         width = len(prompts[-1])
@@ -111,7 +129,7 @@ class HFSampler:
             input_ids=ids_NL[of_row],
             attention_mask=mask_NL[of_row],
             generation_config=net.generation_config,
-            logits_processor=LogitsProcessorList([record]),
+            logits_processor=self._processors(record, noise),
             synced_gpus=False,  # ZeRO-3's parameters are gathered
             **start,
         )
@@ -126,7 +144,7 @@ class HFSampler:
 
 class _Record(LogitsProcessor):
     """Log-probs of chosen tokens, each read when the next step shows what was chosen: one step's distribution at a time
-    is kept. Custom processors come before temperature, top_k and top_p, so that these are whole distributions."""
+    is kept. It stands before temperature, top_k and top_p, so that these are whole distributions."""
 
     def __init__(self, temperature: float) -> None:
         self._temperature = temperature
@@ -149,6 +167,20 @@ class _Record(LogitsProcessor):
         if len(self._chosen) < T:
             self._read(drawn_BT[:, -1])
         return torch.stack(self._chosen[:T], 1)
+
+
+class _Noise(LogitsProcessor):
+    """Gumbel noise, so that the likeliest token is a draw from the softmax; of a generator for each row, so that a
+    sample depends on nothing else in its call."""
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        self._generators = generators
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = [
+            torch.empty_like(s, dtype=torch.float32).exponential_(generator=g) for s, g in zip(scores, self._generators)
+        ]
+        return scores.float() - torch.stack(rows).clamp_min(1e-30).log()
 
 
 def bare(model: Any) -> Any:
@@ -186,25 +218,13 @@ def _computed(net: Any, ids_NL: Tensor, mask_NL: Tensor) -> DynamicCache:
 
 
 def _calls(
-    rows: Sequence[int], prompts: Sequence[tuple[int, ...]], most: int, one_length: bool
-) -> Iterator[Sequence[int]]:
+    rows: Sequence[tuple[int, int]], prompts: Sequence[tuple[int, ...]], most: int, one_length: bool
+) -> Iterator[Sequence[tuple[int, int]]]:
     """At most so many rows at a time; one_length: of prompts of one length, as recurrent layers see padding."""
-    for _, same in groupby(rows, lambda i: len(prompts[i]) if one_length else 0):
+    for _, same in groupby(rows, lambda row: len(prompts[row[0]]) if one_length else 0):
         together = list(same)
         for start in range(0, len(together), most):
             yield together[start : start + most]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of this call alone; the generators of the CPU and of the device are put back afterwards."""
-    on_cuda = device.type == "cuda"
-    index = torch.cuda.current_device() if on_cuda and device.index is None else device.index
-    with torch.random.fork_rng(devices=[index] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if on_cuda:
-            torch.cuda.default_generators[index].manual_seed(seed)
-        yield
 
 
 @contextmanager

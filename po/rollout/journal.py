@@ -1,7 +1,7 @@
 """What has been sampled, on disk: one JSON line a group, written before it is trained on, read again after a kill.
 
-The lines are rows that `data.train` reads: prompt, responses with token ids, log-probs and rewards, and the fields of the
-row that the prompt came from.
+The lines are rows that `data.train` reads: prompt, responses with token ids, log-probs and rewards, and the fields of
+the row that the prompt came from.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class Ask(NamedTuple):
     """A micro-batch that is to be trained on, and the round that it belongs to."""
 
     round: int  # over all epochs
-    index: int  # of the micro-batch in its round
+    micro: int  # of the micro-batch in its round
     age: int  # optimizer steps since the round was sampled
     micros: tuple[Micro, ...]  # of this rank, all of the round
 

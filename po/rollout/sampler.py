@@ -43,11 +43,6 @@ class Sampled(NamedTuple):
 
 
 class Sampler(Protocol):
-    # NOTE FROM THE LEAD (to the engineer of hf.py; remove when done): one seed PER PROMPT. A prompt's samples must be a
-    # function of (weights, prompt, n, its own seed) alone, up to rounding, whatever else is in the call: ranks and
-    # resumed runs batch prompts differently and must draw the same. In hf.py: a LogitsProcessor behind top-k/top-p adds
-    # Gumbel noise from a torch.Generator per prompt (rows of a prompt share it, n x V per step), then greedy decoding
-    # (do_sample=False) takes the argmax. A prompt whose samples have all ended may stop drawing.
     def sample(
         self, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seeds: Sequence[int]
     ) -> list[list[Sampled]]:

@@ -77,13 +77,16 @@ class VLLMSampler:
         self._check_mode(mode)
         self._updated = False
 
-    def sample(self, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seed: int) -> list[list[Sampled]]:
+    def sample(
+        self, prompts: Sequence[tuple[int, ...]], n: int | Sequence[int], seeds: Sequence[int]
+    ) -> list[list[Sampled]]:
         """One request per prompt, with a seed of its own: vLLM would give all prompts of one request the same noise."""
         assert self._updated, "the server has not been given the policy's weights: call `update` first"
+        assert len(seeds) == len(prompts), f"{len(seeds)} seeds for {len(prompts)} prompts"
         each = counts(prompts, n)
 
         def ask(i: int) -> list[Sampled]:
-            return self._ask(prompts[i], each[i], prompt_seed(seed, i)) if each[i] else []
+            return self._ask(prompts[i], each[i], _mixed(seeds[i])) if each[i] else []
 
         with ThreadPoolExecutor(_CONCURRENT) as pool:
             return list(pool.map(ask, range(len(prompts))))
@@ -162,9 +165,9 @@ class VLLMSampler:
             ) from e
 
 
-def prompt_seed(seed: int, i: int) -> int:
-    """The seed of one prompt's samples. vLLM adds the sample's number, so that neighbours would share draws."""
-    return int.from_bytes(hashlib.blake2b(f"{seed} {i}".encode(), digest_size=7).digest())
+def _mixed(seed: int) -> int:
+    """vLLM adds the sample's number to the seed, so that neighbouring ones would share draws."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=7).digest())
 
 
 def _wait_for(url: str, timeout: float) -> None:

@@ -1,0 +1,132 @@
+"""A sampled group as a row of the journal, and back as the Example that heads see."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from po.data.rows import Example
+from po.rollout.journal import Line
+
+Source = Literal["policy", "reference", "gold", "own"]
+_OURS = ("round", "place", "prompt", "prompt_ids", "tokenizer", "responses")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response of a group: sampled from the policy or the reference, or the row's own."""
+
+    ids: tuple[int, ...]
+    text: str
+    source: Source
+    ended: bool = True
+    logps: tuple[float, ...] | None = None  # the sampler's
+    reward: float | None = None
+    parts: Mapping[str, float | None] = field(default_factory=dict)  # each reward by name
+    problems: tuple[str, ...] = ()  # why there is no reward
+    label: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a response of a row."""
+        out: dict[str, Any] = {
+            "content": self.text,
+            "token_ids": list(self.ids),
+            "logps": None if self.logps is None else list(self.logps),
+            "ended": self.ended,
+            "source": self.source,
+            "reward": self.reward,
+            "rewards": dict(self.parts),
+        }
+        more = {"problems": list(self.problems), "label": self.label}
+        return out | {k: v for k, v in more.items() if v not in (None, [])}
+
+    @staticmethod
+    def from_json(said: Mapping[str, Any]) -> Answer:
+        """What `to_json` gave."""
+        return Answer(
+            tuple(said["token_ids"]),
+            said["content"],
+            said["source"],
+            said["ended"],
+            None if said["logps"] is None else tuple(said["logps"]),
+            said["reward"],
+            said["rewards"],
+            tuple(said.get("problems", ())),
+            said.get("label"),
+        )
+
+
+@dataclass(frozen=True)
+class Written:
+    """A prompt and its answers."""
+
+    round: int
+    place: int
+    example: int  # index of the prompt
+    answers: tuple[Answer, ...]
+
+    def to_json(self, prompt: Example, tokenizer: str) -> Line:
+        """A row: what was sampled, and the fields of the row that the prompt came from."""
+        record = json.loads(prompt.record or "{}")
+        return {
+            "id": f"{prompt.id}/{self.round}.{self.place}",
+            "round": self.round,
+            "place": self.place,
+            "example": self.example,
+            "prompt": record.get("prompt"),
+            "prompt_ids": list(prompt.prompt_ids),
+            "tokenizer": tokenizer,
+            "responses": [a.to_json() for a in self.answers],
+            "row": {k: v for k, v in record.items() if k not in _OURS},
+        }
+
+    @staticmethod
+    def from_json(line: Line) -> Written:
+        """What `to_json` gave."""
+        return Written(
+            line["round"], line["place"], line["example"], tuple(Answer.from_json(a) for a in line["responses"])
+        )
+
+    @property
+    def scored(self) -> tuple[Answer, ...]:
+        """The answers that have a reward."""
+        return tuple(a for a in self.answers if a.reward is not None)
+
+    @property
+    def flat(self) -> bool:
+        """Whether all rewards are equal, so that comparing the answers says nothing."""
+        rewards = [a.reward for a in self.scored]
+        return len(set(rewards)) < 2
+
+
+def as_example(prompt: Example, answers: Sequence[Answer], columns: Sequence[str]) -> Example:
+    """What heads see of a group. columns: the response columns that they read. Log-probs that the sampler did not give
+    (the row's own responses) are NaN."""
+    labels = [a.label for a in answers]
+    own = {name: tuple(_column(a, name) for a in answers) for name in columns}
+    return replace(
+        prompt,
+        response_ids=tuple(a.ids for a in answers),
+        reward=tuple(math.nan if a.reward is None else a.reward for a in answers),
+        label=None if any(label is None for label in labels) else tuple(label or 0 for label in labels),
+        logps=tuple(a.logps or (math.nan,) * len(a.ids) for a in answers),
+        **({"response_columns": tuple(own.items())} if own else {}),
+        chosen_first=False,
+        record=None,
+        ended=tuple(a.ended for a in answers),
+    )
+
+
+def _column(answer: Answer, name: str) -> float:
+    """A number of one answer: where it is from, or what one of the rewards gave."""
+    known: Mapping[str, Callable[[Answer], float]] = {
+        "gold": lambda a: float(a.source == "gold"),
+        "from_reference": lambda a: float(a.source == "reference"),
+    }
+    if name in known:
+        return known[name](answer)
+    value = answer.parts.get(name)
+    return math.nan if value is None else value
