@@ -52,6 +52,8 @@ class Batch:
     other_group_U: Tensor | None = None
     row_G: Tensor | None = None  # int64, -1 for fillers
     columns: Mapping[str, Tensor] = field(default_factory=dict)  # (G,) each
+    response_columns: Mapping[str, Tensor] = field(default_factory=dict)  # (G, K) each
+    token_columns: Mapping[str, Tensor] = field(default_factory=dict)  # (T,) each
     embedding_GKE: Tensor | None = None
     prompt_embedding_GE: Tensor | None = None
     differs_T: Tensor | None = None  # bool
@@ -111,6 +113,8 @@ class Batch:
             privileged=self._privileged(policy_T),
             best_first=self.best_first,
             columns=self.columns,
+            response_columns=self.response_columns,
+            token_columns={name: self.own(x_T) for name, x_T in self.token_columns.items()},
             gates={name: self.own(gate_T) for name, gate_T in (gates or {}).items()},
             old_gates={name: self.own(gate_T) for name, gate_T in self.old_gates.items()},
             correction=correction,

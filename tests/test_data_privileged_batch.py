@@ -118,13 +118,16 @@ def test_what_is_per_token_stays_with_the_own_tokens() -> None:
             e,
             teacher_ids=tuple(tuple((t, t + 1) for t in r) for r in e.response_ids),
             teacher_logps=tuple(tuple((-1.0, -2.0) for _ in r) for r in e.response_ids),
+            token_columns=(("twice", tuple(tuple(2.0 * t for t in r) for r in e.response_ids)),),
         )
         for e in ROWS
     ]
     data = Groups(rows, DATA.items)
-    batch = Collate(wanted=replace(WANTED, teacher=True), reference=look)([data[i, i < 3] for i in range(4)])
+    batch = Collate(wanted=replace(WANTED, teacher=True, token_columns=("twice",)), reference=look)(
+        [data[i, i < 3] for i in range(4)]
+    )
     T = batch.stream.target_T.numel()
-    for x_T in (batch.ref_T, batch.old_T, batch.candidate_ids_TM, batch.teacher_TM):
+    for x_T in (batch.ref_T, batch.old_T, batch.candidate_ids_TM, batch.teacher_TM, batch.token_columns["twice"]):
         assert x_T is not None
         assert len(x_T) == T
     assert {p for p, _ in seen} == {e.prompt_ids for e in ROWS}
@@ -134,6 +137,7 @@ def test_what_is_per_token_stays_with_the_own_tokens() -> None:
     x = batch.head_input(torch.zeros(T), batch.ref_T)
     assert torch.equal(x.ref_T, own.float())
     assert torch.equal(x.old_T, -own.float())
+    assert torch.equal(x.token_column_T("twice"), 2 * own.float())
     assert x.teacher_TM.unique().tolist() == [-2, -1]
     assert x.seg.valid_GK.tolist() == [[True, False], [True, True], [True, True], [False, False]]
     assert batch.head_input(torch.empty(0), None).seg.valid_GK.sum() == 5

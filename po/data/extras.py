@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence, Sized
 from typing import Any
 
-from po.data.facts import complete, number
+from po.data.facts import check_parallel, complete, number
 from po.data.report import NOTHING, Faults, Problem, Say
 from po.data.rows import Response, Row, Teacher
 from po.data.view import Candidate, View
@@ -23,6 +23,47 @@ def attach(view: View, candidates: Sequence[Candidate], pattern: str, names: Seq
                 column = pattern.format(name, fact)
                 setattr(c, fact, view.get(column))
                 c.fields = {**c.fields, fact: column}
+    for fact in view.wanted.of_responses:
+        for c, name in zip(candidates, names):
+            _give(c, fact, view.get(pattern.format(name, fact)), pattern.format(name, fact))
+
+
+def attach_lists(view: View, candidates: Sequence[Candidate]) -> None:
+    """Give each response its entry of the lists of columns beside the responses: `name`, unless that is a column of the
+    row itself, or `names`."""
+    for fact in view.wanted.of_responses:
+        found = view.first((f"{fact}s",) if fact in view.wanted.columns else (fact, f"{fact}s"))
+        if found and check_parallel(candidates, *found, view.faults):
+            for k, (c, value) in enumerate(zip(candidates, found[1])):
+                _give(c, fact, value, f"{found[0]}[{k}]")
+
+
+def _give(c: Candidate, name: str, value: Any, field: str) -> None:
+    c.fields = {**c.fields, name: field}
+    if value is not None:
+        c.columns[name] = value
+
+
+def read_of_responses(view: View, candidates: Sequence[Candidate]) -> dict[str, list[Any]]:
+    """For each response its columns and token_columns. What none of the row's has is left to `check_needs`."""
+    wanted, faults = view.wanted, view.faults
+    given = {name for c in candidates for name in c.columns}
+    read: dict[str, list[Any]] = {"columns": [], "token_columns": []}
+    for c in candidates:
+        of: dict[str, dict[str, Any]] = {"columns": {}, "token_columns": {}}
+        for name in [n for n in wanted.of_responses if n in given]:
+            per_token = name in wanted.token_columns
+            expected = "a list of numbers, one per token" if per_token else "a finite number"
+            value, field = c.columns.get(name), c.at(name)
+            if value is None:
+                faults.add(field, f"{expected}, as on the row's other responses", NOTHING)
+            elif per_token:
+                of["token_columns"][name] = _numbers(value, field, expected, faults)
+            else:
+                of["columns"][name] = number(value, field, faults)
+        for kind, found in of.items():
+            read[kind].append(found)
+    return read
 
 
 def read_embeddings(candidates: Sequence[Candidate], faults: Faults) -> list[tuple[float, ...] | None]:

@@ -40,7 +40,8 @@ def from_object(data: Mapping[str, Any], field: str, wanted: Wanted) -> Candidat
         data.get("teacher") if wanted.teacher else None,
         data.get("token_ids"),
         data.get("ended"),
-        {"reward": f"{field}.{at}"} | {name: f"{field}.{name}" for name in _NAMED},
+        {name: data[name] for name in wanted.of_responses if data.get(name) is not None},
+        {"reward": f"{field}.{at}"} | {name: f"{field}.{name}" for name in (*_NAMED, *wanted.of_responses)},
     )
 
 
@@ -123,11 +124,17 @@ def logps(candidate: Candidate, faults: Faults) -> tuple[float, ...] | None:
     return tuple(x for x in out if x is not None)
 
 
-def parallel(candidates: Sequence[Candidate], fact: str, name: str, values: object, view: View) -> None:
+def check_parallel(candidates: Sequence[Candidate], name: str, values: object, faults: Faults) -> bool:
+    """Whether a list beside the responses has an entry for each, else a fault."""
+    fits = isinstance(values, list | tuple) and len(values) == len(candidates)
+    if not fits:
+        faults.add(name, f"a list of {len(candidates)}, one per response", Say(describe(values)))
+    return fits
+
+
+def parallel(candidates: Sequence[Candidate], fact: str, name: str, values: Any, view: View) -> None:
     """Give each response its entry of a list beside the responses, e.g. `rewards`; a null entry is nothing said."""
-    want = f"a list of {len(candidates)}, one per response"
-    if not isinstance(values, list | tuple) or len(values) != len(candidates):
-        view.faults.add(name, want, Say(describe(values)))
+    if not check_parallel(candidates, name, values, view.faults):
         return
     for k, (c, value) in enumerate(zip(candidates, values)):
         setattr(c, fact, label(value, view.wanted) if fact == "label" else value)

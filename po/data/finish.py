@@ -36,7 +36,14 @@ def example_of(
         ended=None if all(ended) else ended,
         record=row.record,
         privileged_ids=privileged_ids,
+        response_columns=_columns([r.columns for r in chosen]),
+        token_columns=_columns([{n: x[: len(i)] for n, x in r.token_columns.items()} for r, i in zip(chosen, ids)]),
     )
+
+
+def _columns(given: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """By name, what each response has; all of a row have the same names."""
+    return tuple((name, tuple(one[name] for one in given)) for name in given[0]) if given else ()
 
 
 def _all(values: Sequence[Any]) -> Any:

@@ -56,7 +56,9 @@ class Converted:
 
 def check_columns(source: Source, wanted: Wanted = NOTHING_MORE) -> None:
     """Raises UserError where `columns` names a field that neither a format has nor a head wants."""
-    known = [*KNOWN, *wanted.columns, *(n for fact, names in _EXTRAS.items() if getattr(wanted, fact) for n in names)]
+    patterns = ("{}", "{}s", "chosen_{}", "rejected_{}")
+    known = [*KNOWN, *wanted.columns, *(p.format(n) for n in wanted.of_responses for p in patterns)]
+    known += (n for fact, names in _EXTRAS.items() if getattr(wanted, fact) for n in names)
     for ours in source.columns:
         if ours not in known:
             near = suggest(ours, known)
@@ -147,6 +149,7 @@ def _facts(view: View, candidates: Sequence[Candidate], chosen_first: bool) -> l
         "embedding": extras.read_embeddings(candidates, faults),
         "teacher": extras.read_teachers(candidates, faults),
         "token_ids": [beside.token_ids(c.token_ids, c.at("token_ids"), faults) for c in candidates],
+        **extras.read_of_responses(view, candidates),
         "ended": [beside.ended(c, faults) for c in candidates],
     }
     return [dict(zip(lists, one)) for one in zip(*lists.values())]
@@ -202,6 +205,7 @@ def _set(view: View) -> list[Candidate]:
         found = view.first(names)
         if found:
             facts.parallel(candidates, fact, *found, view)
+    extras.attach_lists(view, candidates)
     if "context" in view.data:
         view.notes.append("NeMo")
     if any(c.at("reward").endswith("overall_score") for c in candidates):

@@ -23,6 +23,14 @@ def further(groups: Sequence[Group], K: int, wanted: Wanted) -> dict[str, Any]:
     if wanted.columns:
         rows = [dict(e.columns) for e in examples]
         out["columns"] = {name: fp32([row[name] for row in rows]) for name in wanted.columns}
+    if wanted.response_columns:
+        out["response_columns"] = {name: _grid(groups, K, name) for name in wanted.response_columns}
+    if wanted.token_columns:
+        named = [dict(e.token_columns) for e in examples]
+        out["token_columns"] = {
+            name: fp32(list(chain.from_iterable(per_token(groups, [n[name] for n in named], 0.0))))
+            for name in wanted.token_columns
+        }
     if wanted.embedding:
         found = [[(e.embedding or ())[k] for k in g.item.responses] for e, g in zip(examples, groups)]
         empty = [0.0] * len(found[0][0])
@@ -34,6 +42,12 @@ def further(groups: Sequence[Group], K: int, wanted: Wanted) -> dict[str, Any]:
     if wanted.teacher:
         out |= _teacher(groups)
     return out
+
+
+def _grid(groups: Sequence[Group], K: int, name: str) -> Tensor:
+    """A number per response; 0 where there is none."""
+    found = [[dict(g.example.response_columns)[name][k] for k in g.item.responses] for g in groups]
+    return fp32([[*row, *[0.0] * (K - len(row))] for row in found])
 
 
 def _differs(groups: Sequence[Group]) -> list[Sequence[bool]]:

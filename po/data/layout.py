@@ -175,6 +175,12 @@ def _wants(needs: Needs, layout: Layout) -> Iterator[tuple[Callable[[Example], b
     if needs.teacher_ref:
         what, do = "the log-probs of the teacher's own reference", "Add ref_logps to `teacher`."
         yield lambda e: e.teacher_ref_logps is None, what, do
+    for name in needs.response_columns:
+        do = f"Add {name}: a number to them."
+        yield partial(_lacks, name, "response_columns"), f"a number {name!r} of every response", do
+    for name in needs.token_columns:
+        do = f"Add {name}: a list of one number per token to them."
+        yield partial(_lacks, name, "token_columns"), f"numbers {name!r} of every response's tokens", do
     if layout == needs.layout == "pair":
         yield _no_pair, "two responses with a preference", "Give rows chosen and rejected, or scored responses."
     if layout == needs.layout == "set":
@@ -191,11 +197,11 @@ def _wants_of_prompt(needs: Needs) -> Iterator[tuple[Callable[[Example], bool], 
         yield lambda e: e.privileged_ids is None, "a privileged prompt", do
     for name in needs.columns:
         do = f"Add {name}: a number to the rows, or name their column in the source's `columns`."
-        yield partial(_no_column, name), f"a number in column {name!r}", do
+        yield partial(_lacks, name, "columns"), f"a number in column {name!r}", do
 
 
-def _no_column(name: str, e: Example) -> bool:
-    return all(name != given for given, _ in e.columns)
+def _lacks(name: str, columns: str, e: Example) -> bool:
+    return all(name != given for given, _ in getattr(e, columns))
 
 
 def _no_pair(e: Example) -> bool:

@@ -40,6 +40,7 @@ def _bare(candidates: list[Candidate]) -> list[Candidate]:
     """What belongs to a response's tokens goes: it is tokenized anew."""
     for c in candidates:
         c.logps = c.token_ids = c.embedding = c.teacher = None
+        c.columns = {}
     return candidates
 
 

@@ -32,6 +32,8 @@ class Response:
     teacher: Teacher | None = None
     token_ids: tuple[int, ...] | None = None  # as they were sampled; only where the row has prompt_ids
     ended: bool = True  # False: cut at a limit of length, so that no end token follows
+    columns: Mapping[str, float] = field(default_factory=dict)  # numbers that a head declares, by name
+    token_columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # and lists of one per token
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Example:
     ended: tuple[bool, ...] | None = None  # False: its sampler cut it at a limit of length; None: all ended
     record: str | None = None  # of prompts: all fields of the row as JSON, the prompt's text or messages among them
     privileged_ids: tuple[int, ...] | None = None  # the same responses are also scored after this prompt
+    response_columns: tuple[tuple[str, tuple[float, ...]], ...] = ()  # name, and a number per response
+    token_columns: tuple[tuple[str, tuple[tuple[float, ...], ...]], ...] = ()  # name, and numbers per token of each
 
     @property
     def is_pair(self) -> bool:

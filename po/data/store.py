@@ -39,6 +39,8 @@ _SCHEMA = pa.schema(
         ("ended", pa.list_(pa.bool_())),
         ("record", pa.string()),
         ("privileged_ids", pa.list_(pa.int32())),
+        ("response_columns", pa.map_(pa.string(), pa.list_(pa.float64()))),
+        ("token_columns", pa.map_(pa.string(), pa.list_(pa.list_(pa.float64())))),
     ]
 )
 _HEAVY = ("embedding", "prompt_embedding", "teacher_ids", "teacher_logps", "teacher_ref_logps", "record")
@@ -106,7 +108,7 @@ def _examples(batch: pa.RecordBatch, light: bool) -> list[Example]:
 
 
 def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 def write(path: Path, examples: Iterable[Example]) -> int:

@@ -65,9 +65,10 @@ class Encoder:
         if not coded.prompt_ids:
             raise RowFaultError(row.where, "prompt", "at least one token before the response", Say("none"))
         for k, (r, ids) in enumerate(zip(row.responses, coded.response_ids)):
-            if r.logps is not None and len(r.logps) != len(ids):
-                want = f"{len(ids)} numbers, one per token with its end token"
-                raise RowFaultError(row.where, f"responses[{k}].logps", want, Say(str(len(r.logps))))
+            for name, numbers in {"logps": ids if r.logps is None else r.logps, **r.token_columns}.items():
+                if len(numbers) != len(ids):
+                    want = f"{len(ids)} numbers, one per token with its end token"
+                    raise RowFaultError(row.where, f"responses[{k}].{name}", want, Say(str(len(numbers))))
             if r.teacher is not None:
                 self._check_teacher(r.teacher, len(ids), row.where, f"responses[{k}].teacher")
         return coded if row.privileged is None else replace(coded, privileged_ids=self._privileged(row, coded))

@@ -56,6 +56,7 @@ class Candidate:
     teacher: Any = None
     token_ids: Any = None
     ended: Any = None
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)  # what heads declare for responses and tokens
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict)  # where the reward, rank, ... were found
 
     def at(self, fact: str) -> str:

@@ -28,7 +28,14 @@ class Wanted:
     mismatch: bool = False
     row: bool = False
     privileged: bool = False  # the same responses after the row's privileged prompt
+    response_columns: tuple[str, ...] = ()  # sorted
+    token_columns: tuple[str, ...] = ()  # sorted
     prompts: bool = False  # rows are prompts for a sampler, with all their fields for reward functions
+
+    @property
+    def of_responses(self) -> tuple[str, ...]:
+        """The columns of responses and of their tokens."""
+        return (*self.response_columns, *self.token_columns)
 
     def of_rows(self) -> dict[str, Any]:
         """The part that decides what is read from rows: what prepared rows depend on."""
@@ -36,7 +43,8 @@ class Wanted:
 
 
 NOTHING_MORE = Wanted()
-_OF_ROWS = ("columns", "embedding", "prompt_embedding", "teacher", "logps", "unlabelled", "privileged", "prompts")
+_COLUMNS = ("columns", "response_columns", "token_columns")
+_OF_ROWS = (*_COLUMNS, "embedding", "prompt_embedding", "teacher", "logps", "unlabelled", "privileged", "prompts")
 _SAME = ("embedding", "prompt_embedding", "teacher", "differs", "mismatch", "row", "privileged")
 
 
@@ -54,9 +62,8 @@ def wanted(terms: Sequence[Term]) -> Wanted:
                 f"loss: head {name_of(one.head)!r} compares with responses to other prompts and head "
                 f"{name_of(more.head)!r} with the same ones after a privileged prompt; one recipe can have one of them"
             )
+    all_of: dict[str, Any] = {name: any(getattr(n, name) for n in needs) for name in _SAME}
+    all_of |= {kind: tuple(sorted({name for n in needs for name in getattr(n, kind)})) for kind in _COLUMNS}
     return Wanted(
-        columns=tuple(sorted({name for n in needs for name in n.columns})),
-        logps=any(n.behaviour for n in needs),
-        unlabelled=any(n.layout == "labelled" for n in needs),
-        **{name: any(getattr(n, name) for n in needs) for name in _SAME},
+        logps=any(n.behaviour for n in needs), unlabelled=any(n.layout == "labelled" for n in needs), **all_of
     )
