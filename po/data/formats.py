@@ -210,8 +210,10 @@ def _set(view: View) -> list[Candidate]:
         view.notes.append("NeMo")
     if any(c.at("reward").endswith("overall_score") for c in candidates):
         view.notes.append("UltraFeedback")
-    if len(candidates) < 2 and not (candidates and candidates[0].label is not None):
-        view.faults.add(name, "at least two responses, or one with a label", value)
+    said = ("label", "reward", "rank") if view.wanted.single else ("label",)
+    if len(candidates) < 2 and not (candidates and any(getattr(candidates[0], fact) is not None for fact in said)):
+        with_it = "a reward or a label" if view.wanted.single else "a label"
+        view.faults.add(name, f"at least two responses, or one with {with_it}", value)
     return candidates
 
 

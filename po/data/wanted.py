@@ -30,6 +30,7 @@ class Wanted:
     privileged: bool = False  # the same responses after the row's privileged prompt
     response_columns: tuple[str, ...] = ()  # sorted
     token_columns: tuple[str, ...] = ()  # sorted
+    single: bool = False  # a set may be one response with a reward
     prompts: bool = False  # rows are prompts for a sampler, with all their fields for reward functions
 
     @property
@@ -44,7 +45,17 @@ class Wanted:
 
 NOTHING_MORE = Wanted()
 _COLUMNS = ("columns", "response_columns", "token_columns")
-_OF_ROWS = (*_COLUMNS, "embedding", "prompt_embedding", "teacher", "logps", "unlabelled", "privileged", "prompts")
+_OF_ROWS = (
+    *_COLUMNS,
+    "embedding",
+    "prompt_embedding",
+    "teacher",
+    "logps",
+    "unlabelled",
+    "privileged",
+    "single",
+    "prompts",
+)
 _SAME = ("embedding", "prompt_embedding", "teacher", "differs", "mismatch", "row", "privileged")
 
 
@@ -64,6 +75,8 @@ def wanted(terms: Sequence[Term]) -> Wanted:
             )
     all_of: dict[str, Any] = {name: any(getattr(n, name) for n in needs) for name in _SAME}
     all_of |= {kind: tuple(sorted({name for n in needs for name in getattr(n, kind)})) for kind in _COLUMNS}
+    sets = [n.single for n in needs if n.layout == "set"]
+    all_of["single"] = bool(sets) and all(sets)
     return Wanted(
         logps=any(n.behaviour for n in needs), unlabelled=any(n.layout == "labelled" for n in needs), **all_of
     )

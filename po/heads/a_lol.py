@@ -11,8 +11,8 @@ Symbols: R the response's reward; V(x) the row's number `value`, what the refere
 Length: sum.
 Bounded below: yes, by 0.
 Pins the level: yes; it raises what is better than expected and ignores the rest.
-Limits: w = 1 is a_lol_ref_free, which is also the gradient at policy == reference. a_lol/kept is the share of responses
-    with A > 0, a_lol/weight the mean ratio w.
+Limits: w = 1 is a_lol_ref_free, which is also the gradient at policy == reference. Takes responses one by one: a row
+    may have one alone. a_lol/kept is the share of responses with A > 0, a_lol/weight the mean ratio w.
 Departures: responses with A <= 0 count with loss 0 where the authors leave them out of the data and draw the others in
     proportion to A: filter the rows to have their average. Value and reward are the row's own. TRL and HALOs have none.
 Verified: closed form; a vector of an independent script from the authors' code, which was read and not run; identity
@@ -33,6 +33,7 @@ class ALoL(Head):
     needs: ClassVar[Needs] = Needs(
         layout="set",
         unit="response",
+        single=True,
         reference=True,
         reward=True,
         columns=("value",),

@@ -11,7 +11,8 @@ Length: sum.
 Bounded below: no; a response with 0 < A < beta is pushed down without end (its net weight is A - beta).
 Pins the level: yes; it raises what is better than expected by more than beta.
 Limits: beta -> 0 is a_lol_ref_free. The penalty is log pi/ref on the data's responses, not an estimate of the KL from
-    samples of the policy. a_lol_kl/kept is the share of responses with A > 0.
+    samples of the policy. Takes responses one by one: a row may have one alone. a_lol_kl/kept is the share of
+    responses with A > 0.
 Departures: responses with A <= 0 have no loss, no penalty either, where the authors leave them out of the data and draw
     the others in proportion to A: filter the rows to have their average. TRL and HALOs have none.
 Verified: closed form; a vector of an independent script from the authors' code (ppo_clip 0, kl_beta), which was read
@@ -30,7 +31,13 @@ from po.types import Head, HeadInput, HeadOutput, Needs
 @dataclass(frozen=True)
 class ALoLKL(Head):
     needs: ClassVar[Needs] = Needs(
-        layout="set", unit="response", reference=True, reward=True, columns=("value",), raw_logps=True
+        layout="set",
+        unit="response",
+        single=True,
+        reference=True,
+        reward=True,
+        columns=("value",),
+        raw_logps=True,
     )
 
     beta: Annotated[float, Gt(0)] = 0.1

@@ -11,8 +11,8 @@ Length: sum.
 Bounded below: yes, by 0.
 Pins the level: yes; it raises what is better than expected and ignores the rest.
 Limits: w = 1 is a_lol_ref_free, which is also the gradient at policy == reference; with one-token responses it is
-    a_lol. The name is the authors': "seq" stands for the per-token ratio. a_lol_seq/kept is the share of responses with
-    A > 0, a_lol_seq/weight the mean ratio of a token.
+    a_lol. The name is the authors': "seq" stands for the per-token ratio. Takes responses one by one: a row may have
+    one alone. a_lol_seq/kept is the share of responses with A > 0, a_lol_seq/weight the mean ratio of a token.
 Departures: responses with A <= 0 count with loss 0 where the authors leave them out of the data and draw the others in
     proportion to A: filter the rows to have their average. TRL and HALOs have none.
 Verified: closed form; a vector of an independent script from the authors' code, which was read and not run; identities
@@ -33,6 +33,7 @@ class ALoLSeq(Head):
     needs: ClassVar[Needs] = Needs(
         layout="set",
         unit="response",
+        single=True,
         reference=True,
         reward=True,
         columns=("value",),

@@ -11,7 +11,7 @@ Length: sum.
 Bounded below: yes, by 0.
 Pins the level: yes; for a fitted V the optimum is u = (R - V) / t.
 Limits: standardise the rewards, since V starts at 0 and has to learn their mean. Takes the responses of a set one at a
-    time; a set of equal rewards teaches V alone. Rows with a single scored response are not accepted yet.
+    time: a row may have one alone, and a set of equal rewards teaches V alone.
 Departures: V reads the policy's hidden states instead of being a network of its own, and its gradient stops there, so
     that it does not train the policy. Its learning rate is the policy's.
 Unverified: the formula is that of secondary sources. There the policy's update is also divided by tau, and the value
@@ -45,7 +45,9 @@ class Value(nn.Module):
 
 @dataclass(frozen=True)
 class DROV(Head):
-    needs: ClassVar[Needs] = Needs(layout="set", unit="response", reference=True, reward=True, hidden="policy")
+    needs: ClassVar[Needs] = Needs(
+        layout="set", unit="response", single=True, reference=True, reward=True, hidden="policy"
+    )
 
     tau: Annotated[float, Gt(0)] = 1.0
 
