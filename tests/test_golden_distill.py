@@ -152,7 +152,8 @@ UNISD = [
     UniSD(),
     UniSD(gamma=0.0),
     UniSD(gamma=3.0, q95=0.2, clip=0.5),
-    UniSD(gamma=200.0, q95=0.1),  # at the cap and at the floor
+    UniSD(q95=0.1),  # at the cap
+    UniSD(gamma=200.0, q95=0.1),  # at the floor
     UniSD(divergence="reverse", clip=0.7),
     UniSD(granularity="sequence"),
     UniSD(gamma=3.0, granularity="sequence", normalizer="length"),
