@@ -6,9 +6,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import runpy
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +30,7 @@ from po.rollout.vllm import VLLMSampler, _mixed, logprobs_mode
 from po.scores import Want
 
 pytest.importorskip("trl", reason="TRL's client is an extra: pip install 'po[trl]'")
+ROOT = Path(__file__).parents[1]
 STOP = (2, 3, 4, 7)
 PROMPTS = [(5, 6, 7, 8), (20,), (30, 31, 32)]
 SEEDS = [0, 1, 2]
@@ -58,6 +62,7 @@ class FakeVLLM:
             self.paths.append(path)
             if path == "/v1/completions":
                 self.asked.append(body)
+                assert body["temperature"] > 0 or body["n"] == 1, "n must be 1 when using greedy sampling"
                 return {"choices": [self.choice(body, p, i) for p in body["prompt"] for i in range(body["n"])]}
             if path == "/finish_weight_update":
                 self.net.load_state_dict(dict(self.arriving), strict=True)
@@ -213,6 +218,7 @@ def test_log_probs_are_of_the_whole_vocabulary(fake: FakeVLLM, url: str, mode: s
     draw = sampler(url, **cut)
     draw.update(net)
     (samples,) = draw.sample(PROMPTS[:1], 4, [0])
+    assert len(samples) == 4
     expected = scored(net, PROMPTS[0], samples, cut.get("temperature", 1.0) or 1.0)
     torch.testing.assert_close(torch.tensor([p for s in samples for p in s.logps]), expected, rtol=0, atol=1e-4)
 
@@ -222,7 +228,8 @@ def test_greedy_is_the_other_samplers(url: str) -> None:
     draw = sampler(url, temperature=0.0)
     draw.update(net)
     here = HFSampler(net, Sampling(12, temperature=0.0), STOP, 0, "cpu").sample(PROMPTS, 1, SEEDS)
-    for (there,), (same,) in zip(draw.sample(PROMPTS, 1, SEEDS), here, strict=True):
+    for (there, again), (same,) in zip(draw.sample(PROMPTS, 2, SEEDS), here, strict=True):
+        assert there == again
         assert (there.ids, there.ended) == (same.ids, same.ended)
         torch.testing.assert_close(torch.tensor(there.logps), torch.tensor(same.logps), rtol=0, atol=1e-4)
 
@@ -294,11 +301,48 @@ def test_seeds_decide_the_samples(url: str) -> None:
 
 
 def test_a_response_ends_with_its_stop_token(url: str) -> None:
-    draw = sampler(url, 30)
+    draw = sampler(url, 16)
     draw.update(policy())
     samples = [s for some in draw.sample(PROMPTS, 6, SEEDS) for s in some]
     assert {s.ended for s in samples} == {True, False}
     assert all(s.ended == (s.ids[-1] in STOP) and not set(s.ids[:-1]) & set(STOP) for s in samples)
+
+
+def launched(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    main = runpy.run_path(str(ROOT / "launch/vllm_server.py"))["main"]
+    code = main([str(ROOT / "recipes/grpo-math-qwen2.5-math-1.5b.yaml"), *arguments])
+    seen = capsys.readouterr()
+    return code, seen.out + seen.err
+
+
+def test_the_command_that_starts_the_server(capsys: pytest.CaptureFixture[str]) -> None:
+    local = ("rollout.server=http://localhost:8123", "--print", "--tensor-parallel-size", "2")
+    code, text = launched(capsys, *local)
+    words = shlex.split(text.splitlines()[-1])
+    assert (code, words[:4]) == (0, ["VLLM_SERVER_DEV_MODE=1", "vllm", "serve", "Qwen/Qwen2.5-Math-1.5B"])
+    flags = dict(zip(words[4::2], words[5::2], strict=True))
+    assert flags == {
+        "--host": "127.0.0.1",
+        "--port": "8123",
+        "--dtype": "bfloat16",
+        "--max-model-len": "5120",
+        "--generation-config": "vllm",
+        "--logprobs-mode": "processed_logprobs",
+        "--weight-transfer-config": '{"backend": "nccl"}',
+        "--tensor-parallel-size": "2",
+    }
+    assert "--logprobs-mode raw_logprobs" in launched(capsys, *local, "rollout.top_p=0.9")[1]
+    assert "--host 0.0.0.0" in launched(capsys, "rollout.server=http://node7:8000", "--print")[1]
+
+
+def test_a_recipe_that_no_server_can_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = launched(capsys, "--print")
+    assert code == 2
+    assert "rollout.server: the recipe names no server" in text
+    both = ("rollout.temperature=0.7", "rollout.top_p=0.9")
+    code, text = launched(capsys, "rollout.server=http://localhost:8000", *both)
+    assert code == 2
+    assert "vLLM reports log-probs either without" in text
 
 
 # What can be wrong

@@ -95,10 +95,11 @@ class VLLMSampler:
         s = self.sampling
         cut = {"top_p": s.top_p, "top_k": s.top_k} if is_cut(s) else {}
         further = {"seed": seed, "stop_token_ids": self.stop_ids, "ignore_eos": True}
+        drawn = n if s.temperature > 0 else 1  # vLLM refuses equal ones
         found = self._call(
             "generate",
             [list(prompt)],
-            n=n,
+            n=drawn,
             max_tokens=s.max_tokens,
             temperature=s.temperature,
             logprobs=0,
@@ -106,9 +107,9 @@ class VLLMSampler:
             **cut,
         )
         ids, logps = found["completion_ids"], found["logprobs"]
-        if found["prompt_ids"] != [list(prompt)] or len(ids) != n or not logps:
+        if found["prompt_ids"] != [list(prompt)] or len(ids) != drawn or not logps:
             raise UserError(f"rollout.server: {self.url} answered for other prompts, or without log-probs. {START}")
-        return [self._sampled(*one) for one in zip(ids, logps, strict=True)]
+        return [self._sampled(*one) for one in zip(ids, logps, strict=True)] * (n // drawn)
 
     def _sampled(self, ids: list[int], logps: list[list[float | None]]) -> Sampled:
         values = [math.nan if p is None else p for (p,) in logps]
