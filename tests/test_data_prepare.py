@@ -156,7 +156,7 @@ def test_a_row_that_only_the_template_refuses_is_bad_once(tmp_path: Path) -> Non
 def test_losing_too_much_to_the_length_limit_is_refused_with_the_way_out(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "t.jsonl", [*GOOD, {"prompt": "p" * 50, "chosen": "c", "rejected": "r"}])
     assert refused(path, max_length=40) == (
-        "data.train: 1 of 11 rows (9.1%) were dropped or cut; data.max_dropped = 0.05 allows 5.0%. "
+        "data.train: 1 of 11 rows (9.1%) were dropped or cut (1 too long); data.max_dropped = 0.05 allows 5.0%. "
         "Prompt + longest response in tokens: 50 % 16, 90 % 16, 99 % 53, longest 53. Raise data.max_length (40), "
         "choose another data.overlong (drop), or accept the loss with data.max_dropped: 0.1.\n"
         "  t.jsonl:11: the prompt has 51 tokens, room is 39"
@@ -169,6 +169,30 @@ def test_losing_too_much_to_the_length_limit_is_refused_with_the_way_out(tmp_pat
         "data.train: no row is left to train on\ntrain: 11 rows"
     )
     assert refused(path, max_length=1) == ("data.max_length: expected at least 2 tokens (prompt and response), got 1")
+
+
+def test_identical_responses_are_not_called_too_long(tmp_path: Path) -> None:
+    """Texts that differ and whose tokens do not: they are dropped whatever the lengths."""
+    alike = {"prompt": "p", "responses": ["a", "a</s>", "b"], "rewards": [1, 2, 3]}
+    path = write_jsonl(tmp_path / "t.jsonl", [*GOOD, {"prompt": "p", "chosen": "a", "rejected": "a</s>"}, alike])
+    got = run(path, overlong="error", max_dropped=0.2)
+    assert [got.report.counts[k] for k in ("kept", "identical", "cut")] == [11, 1, 1]
+    said = "  t.jsonl:11: responses[1] became identical to responses[0]\n"
+    said += "  t.jsonl:12: responses[1] became identical to responses[0]"
+    assert refused(path, overlong="error") == (
+        "data.train: 2 of 12 rows (16.7%) were dropped or cut (1 identical, 1 cut); data.max_dropped = 0.05 allows "
+        "5.0%. Prompt + longest response in tokens: 50 % 16, 90 % 16, 99 % 16, longest 16. Mend the rows, or accept "
+        f"the loss with data.max_dropped: 0.17.\n{said}"
+    )
+    long = {"prompt": "p", "responses": ["a" * 40, "b", "c"], "rewards": [1, 2, 3]}
+    path = write_jsonl(tmp_path / "u.jsonl", [*GOOD, alike, long, {"prompt": "p" * 50, "chosen": "c", "rejected": "r"}])
+    assert refused(path, overlong="error", max_length=20, max_dropped=1).splitlines() == [
+        "data.train: 2 of 13 rows are too long and data.overlong = error. Prompt + longest response in tokens: "
+        "50 % 16, 90 % 43, 99 % 53, longest 53. Raise data.max_length (20), or choose overlong: drop | truncate_prompt "
+        "| truncate_response.",
+        "  u.jsonl:13: the prompt has 51 tokens, room is 19",
+        "  u.jsonl:12: responses[0] of 41 tokens, room is 18",
+    ]
 
 
 def test_ranks_without_a_direction_and_swapped_scores_are_refused_whatever_max_bad(tmp_path: Path) -> None:

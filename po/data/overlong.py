@@ -99,6 +99,8 @@ def settle(row: Row, encode: Encoder, limits: Limits) -> Outcome:
     _count(draft, encode, out)
     if draft.notes:
         out.note("cut", line)
+        if limits.overlong == "error" and out.counts["responses_overlong"]:
+            out.note("too_long", line)
     if coded.merged:
         out.note("boundary", f"{row.where}: {coded.merged!r}")
     out.counts["responses_eos_added"] += coded.appended

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -141,17 +141,28 @@ def _enforce_lengths(report: DataReport, spec: DataSpec) -> None:
     settled = c["in"] - c["bad"]
     lost = report.dropped + c.get("cut", 0)
     quantiles = ", ".join(f"{name} {n}" for name, n in report.lengths.items())
-    listing = [line for name in (*DROPPED, "cut") for line in report.listing(name, shown=5)]
-    if spec.overlong == "error" and c["overlong"] + c.get("cut", 0):
+    too_long = c["overlong"] + c.get("too_long", 0)
+    if spec.overlong == "error" and too_long:
+        listing = [line for name in ("overlong", "too_long") for line in report.listing(name, shown=5)]
         raise UserError(
-            f"{where}: {c['overlong'] + c.get('cut', 0)} of {settled} rows are too long and data.overlong = error. "
+            f"{where}: {too_long} of {settled} rows are too long and data.overlong = error. "
             f"Prompt + longest response in tokens: {quantiles}. Raise data.max_length ({spec.max_length}), or choose "
             "overlong: drop | truncate_prompt | truncate_response.\n" + "\n".join(listing)
         )
     if settled and lost / settled > spec.max_dropped:
+        listing = [line for name in (*DROPPED, "cut") for line in report.listing(name, shown=5)]
+        counted = {"too long": c["overlong"], "identical": c["identical"], "empty": c["empty"], "cut": c.get("cut", 0)}
+        said = ", ".join(f"{n} {name}" for name, n in counted.items() if n)
+        longer = f"Raise data.max_length ({spec.max_length}), choose another data.overlong ({spec.overlong})"
+        longer = longer if _by_length(c) else "Mend the rows"
         raise UserError(
-            f"{where}: {lost} of {settled} rows ({lost / settled:.1%}) were dropped or cut; data.max_dropped = "
-            f"{spec.max_dropped:g} allows {spec.max_dropped:.1%}. Prompt + longest response in tokens: {quantiles}. "
-            f"Raise data.max_length ({spec.max_length}), choose another data.overlong ({spec.overlong}), or accept the "
-            f"loss with data.max_dropped: {-(-lost * 100 // settled) / 100:g}.\n" + "\n".join(listing)
+            f"{where}: {lost} of {settled} rows ({lost / settled:.1%}) were dropped or cut ({said}); data.max_dropped "
+            f"= {spec.max_dropped:g} allows {spec.max_dropped:.1%}. Prompt + longest response in tokens: {quantiles}. "
+            f"{longer}, or accept the loss with data.max_dropped: {-(-lost * 100 // settled) / 100:g}.\n"
+            + "\n".join(listing)
         )
+
+
+def _by_length(c: Mapping[str, int]) -> bool:
+    """Whether rows lost something to a limit of length, rather than to being alike or empty."""
+    return bool(c["overlong"] or any(c.get(n, 0) for n in ("responses_overlong", "responses_cut", "prompts_cut")))
