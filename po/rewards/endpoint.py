@@ -100,7 +100,7 @@ class Endpoint:
                     raise ValueError(f"the answer is longer than {_MOST >> 20} MiB")
                 if time.monotonic() > until:
                     raise TimeoutError("the answer was not complete in time")
-        return json.loads(content)
+        return json.loads(self._clean(content.decode()))  # a server may echo the token
 
     def _address(self) -> tuple[str, dict[str, str]]:
         """The address without user info, and the headers, which carry that or the token."""

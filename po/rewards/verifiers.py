@@ -88,7 +88,7 @@ class Exact(Rowwise):
             return None
         answer = after(text, self.after)
         if answer is not None and self.pattern is not None:
-            found = list(re.finditer(self.pattern, answer, re.DOTALL | re.MULTILINE))
+            found = list(re.finditer(self.pattern, answer, re.MULTILINE))
             answer = found[-1][min(1, len(found[-1].groups()))] if found else None
         return float(answer is not None and plain(answer) == plain(str(gold)))
 
