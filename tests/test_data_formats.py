@@ -262,15 +262,26 @@ def test_columns_are_mapped_and_checked() -> None:
 
 def test_every_example_of_the_manual_is_read() -> None:
     manual = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
-    every = Wanted(("consistency",), True, True, True, True, True)
-    kinds = []
-    for block in re.findall(r"```jsonc\n(.*?)```", manual, re.DOTALL):
-        left = re.sub(r"\s//[^\n]*", "", block).strip()
-        while left:
-            data, end = json.JSONDecoder().raw_decode(left)
-            left = left[end:].strip()
-            kinds.append(row(data, every, rank_order="lower_is_better").kind)
-    assert {k: kinds.count(k) for k in kinds} == {"pair": 10, "set": 7, "unpaired": 7, "demonstration": 2}
+    more = {"privileged": True, "response_columns": ("gold",), "token_columns": ("spread",)}
+    every = Wanted(("consistency",), True, True, True, True, True, **more)
+    read = []
+    for section in manual.split("\n## "):
+        want = Wanted(prompts=True) if section.startswith("Prompts") else every
+        for block in re.findall(r"```jsonc\n(.*?)```", section, re.DOTALL):
+            left = re.sub(r"\s//[^\n]*", "", block).strip()
+            while left:
+                data, end = json.JSONDecoder().raw_decode(left)
+                left = left[end:].strip()
+                read.append(row(data, want, rank_order="lower_is_better"))
+    kinds = [r.kind for r in read]
+    assert {k: kinds.count(k) for k in kinds} == {
+        **{"pair": 11, "set": 8, "unpaired": 8, "demonstration": 3},
+        "prompt": 3,
+    }
+    assert [len(r.responses) for r in read if r.kind == "prompt"] == [0, 1, 1]
+    last = [r for r in read if r.privileged or any(x.columns or x.token_columns for x in r.responses)]
+    assert [len(r.responses) for r in last] == [2, 1, 1]
+    assert [r.prompt_ids for r in read if r.prompt_ids] == [(1, 22, 15, 22, 33)]
 
 
 @pytest.mark.skipif(not ALPACA.exists(), reason="needs ../shared/data")
