@@ -23,7 +23,7 @@ from transformers import DynamicCache, GenerationConfig
 from po.errors import UserError
 from po.forest import pad
 from po.logprob import install, score
-from po.rollout.hf import HFSampler, copies
+from po.rollout.hf import HFSampler, _Record, copies
 from po.rollout.sampler import Sampled, Sampling
 from po.scores import Want
 from po.sharing import problem, share
@@ -277,6 +277,19 @@ def test_calls_hold_no_more_sequences_than_asked() -> None:
     assert max(rows for rows, _ in seen.shapes) == 3
     whole = sampled(sampler(net, stop=(), temperature=0.0), PROMPTS, N, 0)
     assert [[s.ids for s in some] for some in out] == [[s.ids for s in some] for some in whole]
+
+
+def test_steps_that_generate_takes_back_are_not_recorded() -> None:
+    """On GPUs it looks late whether all rows have ended."""
+    torch.manual_seed(0)
+    logits_TBV, drawn_BT = torch.randn(4, 2, 9), torch.randint(9, (2, 4))
+    record = _Record(0.5)
+    for t, logits_BV in enumerate(logits_TBV):
+        assert record(drawn_BT[:, :t], logits_BV) is logits_BV
+    expected_BT = (logits_TBV / 0.5).log_softmax(-1).transpose(0, 1).gather(-1, drawn_BT[..., None])[..., 0]
+    for kept in (3, 2, 1):
+        torch.testing.assert_close(record.logps(drawn_BT[:, :kept]), expected_BT[:, :kept])
+    torch.testing.assert_close(record.logps(drawn_BT), expected_BT)
 
 
 # Models that wrap, and models without a cache that can be copied
