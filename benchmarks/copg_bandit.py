@@ -1,6 +1,6 @@
 """CoPG's three-armed bandit: regret of the paper's five methods, and of the mistake in beta, as a table and a plot.
 
-    python benchmarks/copg_bandit.py                    # about 3 minutes on one core; needs `pip install -e .[bench]`
+    python benchmarks/copg_bandit.py                    # about 4 minutes on one core; needs `pip install -e .[bench]`
     python benchmarks/copg_bandit.py --seeds 2 --longer 1    # a quick look, the paper's 100 epochs alone
 
 Flet-Berliac et al. 2024 (arXiv:2406.19185). Rewards 2.5, 2 and 1; the arms of 10,000 pairs are drawn by (0.1, 0.2, 0.7)
