@@ -6,8 +6,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import runpy
 import shlex
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -241,6 +245,54 @@ def test_merged_weights_are_pefts_own() -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], p) for name, p in expected.items())
     assert [s.shape() for s in served(net)] == [list(p.shape) for p in found.values()]
+
+
+ZERO3 = """
+import copy, sys
+import deepspeed, torch
+sys.path.insert(0, {tests!r})
+from test_rollout_vllm import policy
+from po.forest import pad
+from po.logprob import score
+from po.rollout.served import served
+
+net = policy(target_modules=["q_proj", "embed_tokens"])
+expected = copy.deepcopy(net).merge_and_unload().state_dict()
+config = {{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {{"stage": 3,
+           "stage3_param_persistence_threshold": 0}}, "zero_allow_untested_optimizer": True}}
+optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], 0.1)
+engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+engine.eval()
+assert all(p.numel() == 0 for p in net.parameters())  # in parts
+stream = pad([([5, 6, 7], [[8, 9, 2], [30, 2]])], 2)
+before = score(engine, stream).logp_T.detach()
+sent = served(engine)
+assert {{s.name: tuple(s.shape()) for s in sent}} == {{name: tuple(p.shape) for name, p in expected.items()}}
+for s in sent:
+    torch.testing.assert_close(s.whole(), expected[s.name], rtol=0, atol=1e-6)
+assert all(p.numel() == 0 for p in net.parameters())
+after = score(engine, stream).logp_T
+assert torch.equal(before, after)
+engine.backward(-after.mean())
+engine.step()
+assert score(engine, stream).logp_T.mean() > before.mean()
+print("rank", torch.distributed.get_rank(), "agrees", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_zero3_sends_whole_merged_weights_and_trains_on(tmp_path: Path) -> None:
+    script = tmp_path / "run.py"
+    script.write_text(ZERO3.format(tests=str(ROOT / "tests")))
+    launcher = Path(sys.executable).parent / "deepspeed"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [str(launcher), "--num_accelerators", "2", "--master_port", port, str(script)]
+    env = os.environ | {"DS_ACCELERATOR": "cpu", "PATH": f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    assert done.stdout.count("agrees") == 2
 
 
 def test_a_tied_head_is_sent_once() -> None:

@@ -59,6 +59,6 @@ def served(model: Any) -> list[Served]:
 def _whole(parameters: list[nn.Parameter]) -> Any:
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters)
