@@ -3,13 +3,16 @@ gradients, whole, in pieces and in steps taken together."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from test_trainer import logs, run, weights, world  # noqa: F401
 from tiny_models import Float64, V, furthest, plain, tiny
 from torch import Tensor
 from torch.testing import assert_close
@@ -178,3 +181,47 @@ def test_no_split_changes_the_gradient(net: Any, model: Any, head: Gap, split: l
                 total = total + value.detach()
         assert_close(total.double(), loss.detach().double(), rtol=0, atol=1e-6)
         assert furthest(gradient(model), want) < 1e-9 * max(float(g.abs().max()) for g in want) + 1e-9
+
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "micro-batches": {"train": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}},
+    "pieces": {"max_tokens_per_forward": 12},
+    "unshared": {"share_prefix": False},
+}
+
+
+@pytest.mark.parametrize("kind", ["cached", "adapter_off"])
+def test_training_is_the_same_however_it_is_split(world: Path, kind: str) -> None:  # noqa: F811
+    """Beside a head that reads a reference: from a cache, and computed over the whole stream."""
+    rng = random.Random(3)
+    words = [" ".join(f"w{rng.randrange(60)}" for _ in range(rng.randint(2, 6))) for _ in range(32)]
+    rows = [
+        {"prompt": f"{a} ", "privileged_prompt": f"{b} {a} ", "chosen": c, "rejected": d}
+        for a, b, c, d in zip(*[iter(words)] * 4, strict=True)
+    ]
+    path = world / "knowing.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    outs = []
+    for name, changes in SPLITS.items():
+        model = {"name_or_path": str(world / "model"), "dtype": "float32"}
+        share_prefix = changes.get("share_prefix", "auto")
+        outs.append(
+            run(
+                world,
+                f"knowing-{kind}-{name}",
+                **{k: v for k, v in changes.items() if k not in ("train", "share_prefix")},
+                model=model | {"share_prefix": share_prefix},
+                train={"optim": "sgd", "per_device_train_batch_size": 4} | changes.get("train", {}),
+                data={"train": str(path), "cache_dir": str(world / "cache")},
+                reference={"from": "init", "kind": kind, "cache_dir": str(world / "cache")},
+                loss=[{"head": "dpo", "beta": 0.5}, {"head": "hindsight", "weight": 0.5}],
+            )
+        )
+    for out in outs:
+        assert (weights(out) - weights(outs[0])).abs().max() < 5e-6
+        for a, b in zip(logs(out), logs(outs[0]), strict=True):
+            for metric in ("loss", "grad_norm", "hindsight/signal", "logps/chosen"):
+                assert a.get(metric) == pytest.approx(b.get(metric), abs=1e-4), metric
+    assert weights(outs[0]).abs().max() > 1e-4
+    assert abs(logs(outs[0])[0]["hindsight/signal"]) > 1e-4

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_support import problems, settled, tokenizer
+from data_support import problems, settled, tokenizer, write_jsonl
 from test_trainer import logs, run, weights, world  # noqa: F401
 
 from po.data.layout import arrange, check_needs
+from po.data.prepare import prepare
 from po.data.rows import Example, Item
 from po.data.wanted import Wanted, wanted
 from po.errors import UserError
@@ -19,7 +20,7 @@ from po.heads.a_lol_ref_free import ALoLRefFree
 from po.heads.dro_v import DROV
 from po.heads.infonca import InfoNCA
 from po.heads.sft import SFT
-from po.spec import Term
+from po.spec import DataSpec, Source, Term
 from po.types import Head
 
 TOK = tokenizer()
@@ -50,6 +51,17 @@ def test_one_response_is_enough_for_heads_that_take_them_one_by_one() -> None:
     assert problems({"prompt": "q", "responses": ["a"]}, Wanted(single=True)) == [
         "t.jsonl:1: responses: expected at least two responses, or one with a reward or a label, got a list of 1"
     ]
+
+
+def test_of_a_set_one_response_may_remain(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "responses": ["a" * 20, "b" * 20, "c"], "rewards": [1, 2, 3], "value": 0}]
+    path = write_jsonl(tmp_path / "t.jsonl", rows)
+    sources = (Source(str(path)),)
+    spec = DataSpec(sources, max_length=10, max_dropped=1, cache_dir=str(tmp_path / "cache"))
+    (kept,) = prepare(spec, sources, TOK, "k", "train", wanted([Term(ALoLRefFree())])).examples
+    assert kept.reward == (3.0,)
+    with pytest.raises(UserError, match="no row is left to train on"):
+        prepare(spec, sources, TOK, "k", "train", wanted([Term(InfoNCA())]))
 
 
 @pytest.mark.parametrize("heads", [[InfoNCA()], [DROV(), InfoNCA()]])

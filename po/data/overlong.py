@@ -24,6 +24,7 @@ class Limits:
     max_length: int
     max_prompt_length: int | None
     overlong: Overlong
+    least: int = 2  # responses of a set that must remain
 
     def prompt_room(self) -> int:
         """The most tokens a prompt may have: a response has at least one."""
@@ -54,7 +55,8 @@ class _Draft:
     row: Row
     prompt_ids: Ids
     response_ids: dict[int, Ids]
-    privileged_ids: Ids | None = None
+    privileged_ids: Ids | None
+    limits: Limits
     notes: list[str] = field(default_factory=list)
     fate: Fate = "kept"
 
@@ -62,7 +64,7 @@ class _Draft:
         """How many responses the row must keep to be worth anything."""
         if self.row.kind == "prompt":
             return 0
-        return len(self.row.responses) if self.row.is_pair else 2 if self.row.kind == "set" else 1
+        return len(self.row.responses) if self.row.is_pair else self.limits.least if self.row.kind == "set" else 1
 
     def drop(self, ks: Sequence[int], why: Fate) -> None:
         """Take responses away; the row goes with them where too few remain."""
@@ -78,7 +80,7 @@ def settle(row: Row, encode: Encoder, limits: Limits) -> Outcome:
         coded = encode(row)
         before = max(len(coded.prompt_ids), len(coded.privileged_ids or ()))
         out = Outcome("kept", length=before + max(map(len, coded.response_ids), default=0))
-        draft = _Draft(row, coded.prompt_ids, dict(enumerate(coded.response_ids)), coded.privileged_ids)
+        draft = _Draft(row, coded.prompt_ids, dict(enumerate(coded.response_ids)), coded.privileged_ids, limits)
         if row.kind == "prompt":
             _fit_prompt(draft, coded, encode, limits, out)
         else:

@@ -61,7 +61,7 @@ def prepare(
         raise UserError(f"data.max_prompt_length: expected at least 1 token, got {spec.max_prompt_length}")
     for source in sources:
         check_columns(source, wanted)
-    limits = Limits(spec.max_length, spec.max_prompt_length, spec.overlong)
+    limits = Limits(spec.max_length, spec.max_prompt_length, spec.overlong, 1 if wanted.single else 2)
     opened = open_sources(sources, split)
     key = content_key(opened, tokenizer_key, limits, wanted)
     folder = cache_dir(spec) / key
