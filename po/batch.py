@@ -63,6 +63,7 @@ class Batch:
     sampler_T: Tensor | None = None
     old_gates: Mapping[str, Tensor] = field(default_factory=dict)
     temperature: float = 1.0
+    from_privileged: bool = False  # this run sampled the responses from the privileged prompts
     pieces: tuple[Piece, ...] = ()  # the stream in parts, where it is more than one forward may hold
 
     def to(self, device: torch.device | str) -> Batch:
@@ -158,6 +159,7 @@ class Collate:
     max_tokens: int | None = None  # of one forward
     sampled: bool = False  # by this run, so that log-probs of rows are the sampler's own
     temperature: float = 1.0
+    from_privileged: bool = False
 
     def __call__(self, groups: Sequence[Group | tuple[Example, Item, bool]]) -> Batch:
         every = [Group(*g) if self.wanted.mismatch else Group(*g[:3]) for g in groups]
@@ -196,6 +198,7 @@ class Collate:
             label_GK=_grid([_pick(g.example.label, g.item) for g in every], K, torch.int64),
             best_first=self.best_first,
             temperature=self.temperature,
+            from_privileged=self.from_privileged,
             pieces=() if self.max_tokens is None else split(ids, self.max_tokens, width, lay),
             **facts,
         )

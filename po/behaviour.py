@@ -19,6 +19,10 @@ def with_behaviour(batch: Batch, logp_T: Tensor, gates: Mapping[str, Tensor] | N
     old_T = batch.old_T
     if old_T is None and batch.sampler_T is not None:
         old_T = logp_T.detach()
+        if batch.from_privileged:  # heads look at their own tokens
+            assert batch.own_T is not None
+            assert batch.privileged_T is not None
+            old_T = old_T.index_copy(0, batch.own_T, old_T[batch.privileged_T])
     return replace(batch, old_T=old_T, old_gates=batch.old_gates or {k: g.detach() for k, g in (gates or {}).items()})
 
 

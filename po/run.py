@@ -153,6 +153,7 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         recipe.max_tokens_per_forward,
         sampled=recipe.rollout is not None,
         temperature=1.0 if recipe.rollout is None else recipe.rollout.temperature,
+        from_privileged=recipe.rollout is not None and recipe.rollout.sample_from == "privileged",
     )
     meta, rollouts = _meta(recipe, data, args), None
     if recipe.rollout is not None:

@@ -104,12 +104,13 @@ class RewardSpec:
 
 @dataclass(frozen=True)
 class RolloutSpec:
-    rewards: tuple[RewardSpec, ...]
+    rewards: tuple[RewardSpec, ...] = ()  # none: for heads that read neither rewards nor labels
     num_generations: Annotated[int, Ge(1)] = 8  # samples of each prompt
     max_completion_length: Annotated[int, Ge(1)] = 256  # tokens; prompts have the rest of data.max_length
     temperature: Annotated[float, Gt(0)] = 1.0  # log-probs in training are those of this temperature too
     top_p: Annotated[float, Gt(0), Le(1)] = 1.0
     top_k: Annotated[int, Ge(0)] = 0  # 0: all tokens
+    sample_from: Literal["prompt", "privileged"] = "prompt"  # privileged: the rows' privileged_prompt
     server: str | None = None  # a vLLM server's address; None: the policy generates in this process
     sequences_per_call: Annotated[int, Ge(1)] = 64  # sampled at once on a device
     steps_per_generation: Annotated[int, Ge(1)] = 1  # optimizer steps whose prompts are sampled at once

@@ -122,11 +122,8 @@ def _data(raw: Any, report: Report) -> DataSpec | None:
 def _rollout(raw: Any, report: Report) -> RolloutSpec | None:
     if raw is None or not isinstance(raw, Mapping):
         return None if raw is None else parse(RolloutSpec, raw, ("rollout",), report)
-    if not raw.get("rewards"):
-        report.wrong(("rollout", "rewards"), "is missing; expected at least one, e.g. `rewards: {verifier: math}`.")
-        return None
     at = ("rollout", "rewards")
-    found = [parse(RewardSpec, one, (*at, i), report) for i, one in enumerate(raw["rewards"])]
+    found = [parse(RewardSpec, one, (*at, i), report) for i, one in enumerate(raw.get("rewards") or [])]
     return parse(RolloutSpec, {**raw, "rewards": tuple(r for r in found if r is not None)}, ("rollout",), report)
 
 

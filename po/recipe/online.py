@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Any
 
 from po.recipe.report import Report
-from po.spec import Recipe, RewardSpec, RolloutSpec
-from po.types import Needs
+from po.rewards import reward_name
+from po.spec import Recipe, RolloutSpec
+from po.types import Head, Needs
 
 SAMPLED = ("gold", "from_reference")  # response columns that rollouts know, besides each reward's own
 _NOT_SAMPLED = {
@@ -18,12 +18,6 @@ _NOT_SAMPLED = {
     "token_columns": "numbers for every token",
     "mismatch": "another row's response after the prompt",
 }
-
-
-def reward_name(spec: RewardSpec) -> str:
-    """What a reward is called in metrics and response columns."""
-    given = spec.name or spec.verifier or spec.model or spec.url or (spec.function or "").rpartition(":")[2]
-    return spec.name or (PurePath(given).name if spec.model else given)
 
 
 def check(recipe: Recipe, given: Mapping[str, Any], sound: bool, report: Report) -> Recipe:
@@ -77,7 +71,7 @@ def _pointless(spec: RolloutSpec, said: Mapping[str, Any], report: Report) -> No
         ("correction_cap", "correction", "token"),
     ):
         off = getattr(spec, needed) in ("keep", "drop", "none")
-        if said.get(key) is not None and off:
+        if said.get(key) is not None and off and getattr(spec, key) != getattr(RolloutSpec, key):
             report.wrong(("rollout", key), f"has no effect without `{needed}: {value}`; write that or leave this out.")
     if spec.from_reference > spec.num_generations:
         report.wrong(
@@ -88,7 +82,7 @@ def _pointless(spec: RolloutSpec, said: Mapping[str, Any], report: Report) -> No
 def _heads(recipe: Recipe, spec: RolloutSpec, report: Report) -> None:
     from po.recipe.checks import name_of
 
-    reads_labels = False
+    reads_labels = reads_rewards = False
     for term in recipe.loss:
         needs, name = term.head.needs, name_of(term.head)
         for need, what in _NOT_SAMPLED.items():
@@ -99,11 +93,15 @@ def _heads(recipe: Recipe, spec: RolloutSpec, report: Report) -> None:
             report.wrong(
                 ("loss",), f"head {name!r} needs a number {column!r} on every response; name a reward that computes it."
             )
+        _own(term.head, name, spec, report)
+        reads_rewards |= needs.reward or needs.layout == "pair"
         reads_labels |= needs.label or needs.layout in ("unpaired", "labelled")
         if _compares(needs) and spec.num_generations + spec.own_responses < 2:
             report.wrong(
                 ("rollout", "num_generations"), f"head {name!r} compares responses; sample at least 2 of each prompt."
             )
+    if not spec.rewards and (reads_rewards or spec.label_above is not None or spec.gold != "never"):
+        report.wrong(("rollout", "rewards"), "is missing; expected at least one, e.g. `rewards: {verifier: math}`.")
     if reads_labels and spec.label_above is None and not spec.own_responses:
         report.wrong(
             ("rollout", "label_above"),
@@ -116,8 +114,30 @@ def _heads(recipe: Recipe, spec: RolloutSpec, report: Report) -> None:
         report.wrong(("rollout", "correction"), "has no effect: no head of the recipe applies it; leave it out.")
 
 
+def _own(head: Head, name: str, spec: RolloutSpec, report: Report) -> None:
+    """What only some heads ask of samples."""
+    if name == "grpo2" and spec.num_generations + spec.own_responses != 2:
+        report.wrong(
+            ("rollout", "num_generations"),
+            f"is {spec.num_generations}, and head 'grpo2' compares exactly 2 responses; write 2, or use head 'grpo'.",
+        )
+    asked = getattr(head, "max_completion_length", spec.max_completion_length)
+    if asked != spec.max_completion_length:
+        report.wrong(
+            ("loss",),
+            f"head {name!r} divides by max_completion_length {asked}, and rollout.max_completion_length is "
+            f"{spec.max_completion_length}; write the same number.",
+        )
+    teacher = name == "pi_distill"
+    if teacher != (spec.sample_from == "privileged") and (teacher or not head.needs.privileged or name == "opsd"):
+        source = "privileged" if teacher else "prompt"
+        report.wrong(
+            ("rollout", "sample_from"), f"is {spec.sample_from!r}; head {name!r} is for samples from {source!r}."
+        )
+
+
 def _compares(needs: Needs) -> bool:
-    return needs.layout in ("pair", "set") and not getattr(needs, "single", False)
+    return needs.layout in ("pair", "set") and not needs.single
 
 
 def _reference(recipe: Recipe, given: Mapping[str, Any], spec: RolloutSpec, report: Report) -> Recipe:

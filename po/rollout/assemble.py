@@ -93,7 +93,7 @@ def _of_reference(
 
 def _least(needs: Needs) -> int:
     """How many responses a head wants in a group."""
-    return 2 if needs.layout in ("pair", "set") and not getattr(needs, "single", False) else 1
+    return 2 if needs.layout in ("pair", "set") and not needs.single else 1
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -65,7 +65,7 @@ class Draw:
         for source, sampler, n in self._samplers if samples is None else [(*self._samplers[0][:2], samples)]:
             if sampler is not None and n > 0:
                 seeds = [p.seed(self._seed, source) for p in places]
-                for g, found in enumerate(sampler.sample([e.prompt_ids for e in prompts], n, seeds)):
+                for g, found in enumerate(sampler.sample([self._start(e) for e in prompts], n, seeds)):
                     groups[g] += [self._answer(s, source) for s in found]
         if samples is None and self._spec.own_responses:
             for g, e in enumerate(prompts):
@@ -74,6 +74,12 @@ class Draw:
         if samples is None and self._spec.gold == "all_failed":
             groups = self._with_gold(prompts, groups)
         return [Written(*p, tuple(self._label(a) for a in g)) for p, g in zip(places, groups, strict=True)]
+
+    def _start(self, prompt: Example) -> tuple[int, ...]:
+        if self._spec.sample_from == "prompt":
+            return prompt.prompt_ids
+        assert prompt.privileged_ids is not None, "check_needs was not called"
+        return prompt.privileged_ids
 
     def _answer(self, s: Sampled, source: Source) -> Answer:
         return Answer(s.ids, self._decode(s.ids), source, s.ended, s.logps)
@@ -88,7 +94,7 @@ class Draw:
     def _score(self, prompts: Sequence[Example], groups: Sequence[Sequence[Answer]]) -> list[list[Answer]]:
         records = [json.loads(e.record or "{}") for e in prompts]
         owner = [g for g, answers in enumerate(groups) for _ in answers]
-        if not owner:
+        if not owner or not self._spec.rewards:
             return [list(answers) for answers in groups]
         flat = [a for answers in groups for a in answers]
         asked = [records[g]["prompt"] for g in owner]
@@ -99,7 +105,8 @@ class Draw:
         scored = self._rewards(asked, said, [list(a.ids) for a in flat], columns, owner)
         out: list[list[Answer]] = [[] for _ in groups]
         for g, a, s in zip(owner, flat, scored, strict=True):
-            out[g].append(replace(a, reward=s.reward, parts=s.parts, problems=s.problems))
+            problems = s.problems or (() if s.reward is not None else ("no reward applies to it",))
+            out[g].append(replace(a, reward=s.reward, parts=s.parts, problems=problems))
         return out
 
     def _with_gold(self, prompts: Sequence[Example], groups: list[list[Answer]]) -> list[list[Answer]]:
@@ -116,11 +123,11 @@ class Draw:
         return groups
 
     def _label(self, a: Answer) -> Answer:
-        """own responses keep the label that their row gives."""
+        """Own responses keep the label that their row gives."""
         above = self._spec.label_above
-        if a.label is not None or a.reward is None:
-            return a
-        return replace(a, label=0 if above is None else 1 if a.reward > above else -1)
+        if a.label is not None or above is None or a.reward is None:
+            return replace(a, label=a.label or 0)
+        return replace(a, label=1 if a.reward > above else -1)
 
 
 def _names(records: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -19,13 +19,14 @@ def group_metrics(groups: Sequence[Written], spec: RolloutSpec) -> Iterator[Metr
     groups that were given their row's own response."""
     answers = [a for w in groups for a in w.answers if a.source in ("policy", "reference")]
     yield _mean("reward", [a.reward for a in answers])
-    yield _mean("reward_std", [pstdev([a.reward or 0.0 for a in w.scored]) for w in groups if len(w.scored) > 1])
+    of_groups = [[a.reward for a in w.sound if a.reward is not None] for w in groups]
+    yield _mean("reward_std", [pstdev(rewards) for rewards in of_groups if len(rewards) > 1])
     yield _mean("frac_reward_zero_std", [float(w.flat) for w in groups])
     for name in dict.fromkeys(name for a in answers for name in a.parts):
         yield _mean(f"rewards/{name}/mean", [a.parts.get(name) for a in answers])
     yield _mean("completions/mean_length", [float(len(a.ids)) for a in answers])
     yield _mean("completions/clipped_ratio", [float(not a.ended) for a in answers])
-    yield _mean("rollout/unscored", [float(a.reward is None) for a in answers])
+    yield _mean("rollout/unscored", [float(bool(a.problems)) for a in answers])
     if spec.gold != "never":
         yield _mean("rollout/gold", [float(any(a.source == "gold" for a in w.answers)) for w in groups])
 

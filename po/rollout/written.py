@@ -26,8 +26,8 @@ class Answer:
     logps: tuple[float, ...] | None = None  # the sampler's
     reward: float | None = None
     parts: Mapping[str, float | None] = field(default_factory=dict)  # each reward by name
-    problems: tuple[str, ...] = ()  # why there is no reward
-    label: int | None = None
+    problems: tuple[str, ...] = ()  # why a reward that was asked for is not there
+    label: int | None = None  # 0: unlabelled; None: not settled yet
 
     def to_json(self) -> dict[str, Any]:
         """As a response of a row."""
@@ -39,9 +39,9 @@ class Answer:
             "source": self.source,
             "reward": self.reward,
             "rewards": dict(self.parts),
+            "label": self.label or None,  # null: unlabelled
         }
-        more = {"problems": list(self.problems), "label": self.label}
-        return out | {k: v for k, v in more.items() if v not in (None, [])}
+        return out | ({"problems": list(self.problems)} if self.problems else {})
 
     @staticmethod
     def from_json(said: Mapping[str, Any]) -> Answer:
@@ -55,7 +55,7 @@ class Answer:
             said["reward"],
             said["rewards"],
             tuple(said.get("problems", ())),
-            said.get("label"),
+            said["label"] or 0,
         )
 
 
@@ -91,29 +91,28 @@ class Written:
         )
 
     @property
-    def scored(self) -> tuple[Answer, ...]:
-        """The answers that have a reward."""
-        return tuple(a for a in self.answers if a.reward is not None)
+    def sound(self) -> tuple[Answer, ...]:
+        """The answers that rewards did not fail on."""
+        return tuple(a for a in self.answers if not a.problems)
 
     @property
     def flat(self) -> bool:
         """Whether all rewards are equal, so that comparing the answers says nothing."""
-        rewards = [a.reward for a in self.scored]
-        return len(set(rewards)) < 2
+        return len({a.reward for a in self.sound}) < 2
 
 
 def as_example(prompt: Example, answers: Sequence[Answer], columns: Sequence[str]) -> Example:
     """What heads see of a group. columns: the response columns that they read. Log-probs that the sampler did not give
-    (the row's own responses) are NaN."""
-    labels = [a.label for a in answers]
+    (the row's own responses) are NaN. Answers without a reward, beside such as have one, are in fillers alone."""
+    rewarded = any(a.reward is not None or a.problems for a in answers)
     own = {name: tuple(_column(a, name) for a in answers) for name in columns}
     return replace(
         prompt,
         response_ids=tuple(a.ids for a in answers),
-        reward=tuple(math.nan if a.reward is None else a.reward for a in answers),
-        label=None if any(label is None for label in labels) else tuple(label or 0 for label in labels),
+        reward=tuple(a.reward or 0.0 for a in answers) if rewarded else None,
+        label=tuple(a.label or 0 for a in answers),
         logps=tuple(a.logps or (math.nan,) * len(a.ids) for a in answers),
-        **({"response_columns": tuple(own.items())} if own else {}),
+        response_columns=tuple(own.items()),
         chosen_first=False,
         record=None,
         ended=tuple(a.ended for a in answers),
