@@ -15,7 +15,7 @@ Length: the loss is a mean over the tokens of the step.
 Bounded below: where A_t > 0, by -(1 + eh) A_t; where A_t < 0, by 0.
 Pins the level: through the KL.
 Limits: pi == mu: A2C with generalised advantages. lam = 1 and gamma = 1: a_t is the return less the value. Responses
-    cut at the length limit count as ended. Needs at least two samples of each prompt, though it does not compare them.
+    cut at the length limit count as ended. Takes responses one by one: one sample of a prompt is enough.
 Departures: V reads the policy's hidden states instead of being a network of its own, and its gradient stops there, so
     that it does not train the policy; its learning rate is the policy's. The paper has no KL in the reward, no clip of
     the value and no whitening: these are common to TRL, verl and OpenRLHF, and so are the defaults (TRL's, of its
@@ -55,6 +55,7 @@ class PPO(Head):
     needs: ClassVar[Needs] = Needs(
         layout="set",
         unit="token",
+        single=True,
         reference=True,
         reward=True,
         behaviour=True,

@@ -14,8 +14,8 @@ Length: the loss is a mean over the tokens of the step; so is the baseline, in w
 Bounded below: where A_t > 0, by -(1 + eh) A_t; where A_t < 0, by 0.
 Pins the level: through the KL.
 Limits: the step's groups are taken together, over micro-batches and ranks, so whitening depends on the size of a step.
-    Equal returns everywhere give no gradient: a variance below 1e-8 counts as 1e-8. Needs at least two samples of each
-    prompt, though only baseline = group compares them.
+    Equal returns everywhere give no gradient: a variance below 1e-8 counts as 1e-8. Takes responses one by one: one
+    sample of a prompt is enough, but with baseline = group such a one scores 0, whatever its reward.
 Departures: whitening over what one optimizer step reads, where OpenRLHF and verl take the whole batch of rollouts: the
     same where a step reads all of them. verl divides by n - 1 (`variance: unbiased`). For the group baseline the paper
     prefers a KL term in the loss; here it stays in the reward.
@@ -38,6 +38,7 @@ class ReinforcePP(Head):
     needs: ClassVar[Needs] = Needs(
         layout="set",
         unit="token",
+        single=True,
         reference=True,
         reward=True,
         behaviour=True,

@@ -11,7 +11,7 @@ Length: mean.
 Bounded below: no; the printed loss is a surrogate. At samples of pi its gradient is that of KL(pi(. | x) || pi(. | z))
     at each position, with the teacher constant.
 Pins the level: no.
-Limits: x = z has no gradient. At pi = mu it is hindsight.
+Limits: x = z has no gradient. At pi = mu it is hindsight. Takes responses one by one: one sample of a prompt is enough.
 Departures: as TRL 1.16's sdft and sdpo with `distillation_mode: sampled_token, distillation_alpha: 1.0`, which is not
     their default: their top-k divergences need both distributions, as gjsd does from stored ones. The teacher is the
     policy as it is now (`teacher_model_kind: live`); TRL's are the base model or a moving average by default.
@@ -32,7 +32,13 @@ from po.types import Head, HeadInput, HeadOutput, Needs
 @dataclass(frozen=True)
 class SDFT(Head):
     needs: ClassVar[Needs] = Needs(
-        layout="set", unit="response", behaviour=True, correction=True, privileged=True, stops_gradient=True
+        layout="set",
+        unit="response",
+        single=True,
+        behaviour=True,
+        correction=True,
+        privileged=True,
+        stops_gradient=True,
     )
 
     clip: Annotated[float, Gt(0)] = 2.0
