@@ -51,7 +51,8 @@ def random_input(
     same: bool = False,
     reward: Tensor | None = None,
 ) -> HeadInput:
-    """Random float64 inputs with what the head (or bare Needs) declares and nothing else. same: policy == reference.
+    """Random float64 inputs with what the head (or bare Needs) declares and nothing else. same: policy == reference,
+    and both are who sampled.
 
     The first of unpaired rows is desirable and the second not; so are the responses of labelled groups, the third and
     fourth unlabelled.
@@ -66,6 +67,8 @@ def random_input(
 
     policy_T = -3 * noise(T).abs()
     other_T = policy_T.clone() if same else policy_T + noise(T)
+    two = needs.reference and needs.behaviour and not same  # KL(mu || ref) is seen only where they differ
+    old_T = policy_T + noise(T) if two else other_T
     score_GK = 2 * noise(G, K) if reward is None else reward
     sign_GK = torch.where(noise(G, K) > 0, 1, -1)
     if needs.layout == "labelled":
@@ -77,7 +80,7 @@ def random_input(
         seg=seg,
         policy_T=policy_T.requires_grad_(True),
         ref=other_T if needs.reference else None,
-        old=other_T if needs.behaviour else None,
+        old=old_T if needs.behaviour else None,
         token_kl=noise(T).abs() if needs.token_kl else None,
         reward=score_GK.masked_fill(~seg.valid_GK, torch.nan) if needs.reward else None,
         label=sign_GK.masked_fill(~seg.valid_GK, 0) if needs.label else None,
