@@ -47,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         found = _run(part, args)
         seconds = time.process_time() - start
-        text = f"{found.text()}\n`python benchmarks/off_policy.py {part}`: {seconds:.0f} s of one core.\n"
+        said = f"`python benchmarks/off_policy.py {part} --seeds {args.seeds}`: {seconds:.0f} s of one core"
+        text = f"{found.text()}\n{said}, without the runs that were there before.\n"
         (args.out / f"{part}.md").write_text(text, "utf-8")
         print("\n" + text, flush=True)
     return 0

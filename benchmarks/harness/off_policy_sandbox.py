@@ -39,9 +39,9 @@ CASES = (
     Case("PG on R, b = V", {"head": "plain_pg", "baseline": "value"}),
 )
 SETTING = """{questions} questions, four answers of the base to each, sampled once and scored; 8 questions a step,
-constant learning rate 1e-3, LoRA: after {last} steps every answer was seen {passes} times by a policy that has long
-left the one that gave it. R_beta = R - beta log pi/ref, beta {beta}. Plain policy gradient weighs log pi of an answer
-with R_beta (or R) less a baseline b, without a ratio, as if the policy had just said it: it is a head of the
+constant learning rate 1e-3, LoRA: after {last} steps every answer was seen {passes} times, and the policy is no
+longer the one that gave it. R_beta = R - beta log pi/ref, beta {beta}. Plain policy gradient weighs log pi of an
+answer with R_beta (or R) less a baseline b, without a ratio, as if the policy had just said it: it is a head of the
 benchmark, not of po (b = V: the mean reward of the question's answers). Rewards are between 0 and 1; "less 1" counts
 what is missing instead, -1 to 0: CoPG's loss is the same for both. TOPR: labels by whether an answer is above V, the
 sampler's log-probs are the base's. A-LoL: its value is V. True reward of answers to {held_out} held-out questions,

@@ -2,7 +2,8 @@
 A-LoL, then how much likelier right solutions to held-out questions are than wrong ones.
 
 The solutions are four other models', so their own log-probs are not known; where TOPR wants those of the sampler it
-gets the base model's, recomputed. Margins are compared with a control: CoPG on verdicts dealt out at random.
+gets the base model's, recomputed. A model of stories learns how solutions look whatever their verdicts, so
+each loss has a control: the same with the verdicts dealt out at random within each question.
 """
 
 from __future__ import annotations
@@ -20,18 +21,23 @@ from typing import Any
 
 import torch
 import yaml
-from claims.lab import Finding
+from claims.lab import Finding, minus
 
 from harness.derive import write
 from harness.kept import once
-from harness.stats import Interval, interval, verdict
+from harness.stats import interval
 from po.cli import main as po
 from po.heads import HEADS
 from po.sandbox.sampling import Sample, log_probs
 
 DATA, MODEL = Path("data/gsm8k_solutions.jsonl.gz"), Path("models/stories260k")
 TOKENS, HELD_OUT, STEPS, RATE = 320, 60, 40, 2e-4
-SCORED, LABELLED, SHUFFLED = "scored", "labelled", "shuffled"
+SCORED, LABELLED = "scored", "labelled"  # the rows of a set head, of a head on single answers
+SHUFFLED, RELABELLED = "shuffled", "relabelled"  # the same with verdicts dealt out at random within each question
+
+
+Numbers = Mapping[str, Sequence[float]]  # by name, one for each question
+Sides = Mapping[str, Numbers]  # of held-out and of trained questions
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,10 @@ CASES = (
     Case("TOPR", {"head": "topr", "length_normalize": True}, LABELLED, reference=False),
     Case("A-LoL", {"head": "a_lol", "epsilon": 0.9}),
     Case("CoPG, verdicts shuffled", {"head": "copg", "beta": 0.1}, SHUFFLED),
+    Case("TOPR, verdicts shuffled", {"head": "topr", "length_normalize": True}, RELABELLED, reference=False),
+    Case("A-LoL, verdicts shuffled", {"head": "a_lol", "epsilon": 0.9}, SHUFFLED),
 )
+CONTROLS = (SHUFFLED, RELABELLED)
 
 
 @dataclass(frozen=True)
@@ -110,12 +119,11 @@ def verdicts(
     )
     sides = {"held": test, "trained": train}
     before = {name: _margins(base, side) for name, side in sides.items()}
-    finding.rows.append(("base", interval(before["held"]["margin"]).text(2), *[""] * 5))
-    got: dict[str, list[dict[str, dict[str, list[float]]]]] = {case.name: [] for case in CASES}
+    got: dict[str, list[Sides]] = {case.name: [] for case in CASES}
     for seed in seeds:
         for case in CASES:
 
-            def made(case: Case = case, seed: int = seed) -> dict[str, dict[str, list[float]]]:
+            def made(case: Case = case, seed: int = seed) -> Sides:
                 model = _trained(case, shared, files, out, seed, steps)
                 return {name: _margins(model, side) for name, side in sides.items()}
 
@@ -123,16 +131,25 @@ def verdicts(
             after = once(out / "verdicts.jsonl", parts, HEADS[case.term["head"]], made)
             got[case.name].append({name: _moved(after[name], before[name]) for name in sides})
             print(f"{case.name} #{seed}: margin {mean(got[case.name][-1]['held']['change']):+.2f}", flush=True)
-    for case in CASES:
-        held_out, trained = (_over_seeds([run[name] for run in got[case.name]]) for name in sides)
-        cells = [interval(held_out[n]).text(2) for n in ("margin", "change", "right", "wrong")]
-        cells += [interval(held_out["per_token"]).text(4), interval(trained["change"]).text(2)]
-        finding.rows.append((case.name, *cells))
-        finding.verdicts += [_verdict(case, held_out["change"], "other"), _verdict(case, trained["change"], "trained")]
+    finding.rows.append(("base", interval(before["held"]["margin"]).text(2), *[""] * 5))
+    _report(finding, {name: [_over_seeds([run[side] for run in runs]) for side in sides] for name, runs in got.items()})
     return finding
 
 
-def _over_seeds(runs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+def _report(finding: Finding, moved: Mapping[str, Sequence[Numbers]]) -> None:
+    """A row for each case, and each loss against its control, by question. moved: on held-out and on trained ones."""
+    for name, (held_out, trained) in moved.items():
+        cells = [interval(held_out[n]).text(2) for n in ("margin", "change", "right", "wrong")]
+        cells += [interval(held_out["per_token"]).text(4), interval(trained["change"]).text(2)]
+        finding.rows.append((name, *cells))
+    for name in (case.name for case in CASES if case.rows not in CONTROLS):
+        for which, real, dealt in zip(("other", "trained"), moved[name], moved[f"{name}, verdicts shuffled"]):
+            for what, n in (("margin", "change"), ("margin per token", "per_token")):
+                said = f"{name}: {what} on {which} questions grows more than with verdicts shuffled"
+                finding.expect(said, minus(real[n], dealt[n]))
+
+
+def _over_seeds(runs: Sequence[Numbers]) -> dict[str, list[float]]:
     """Each question's mean."""
     return {name: [mean(x) for x in zip(*(run[name] for run in runs))] for name in runs[0]}
 
@@ -147,24 +164,25 @@ def _setting(train: Sequence[Question], test: Sequence[Question], steps: int) ->
         "four models are unknown. A-LoL's value is the share of a question's solutions that are right. Margin: the "
         "mean log pi of a question's right solutions less that of its wrong ones, nats per solution, on "
         f"{len(test)} questions that nobody trained on; then how far it, and each side, moved from the base. Intervals "
-        "are 95 % over questions, of means over seeds. Control: verdicts dealt out at random within each question."
+        "are 95 % over questions, of means over seeds. Shuffled: verdicts dealt out at random within each question."
     )
 
 
 def _files(folder: Path, train: Sequence[Question], base: Any) -> dict[str, Path]:
     """Sets with the verdicts as rewards, the same with verdicts dealt out at random, and one row per solution."""
     rng = random.Random(0)
-    sets, shuffled, single = [], [], []
+    made: dict[str, list[dict[str, Any]]] = {name: [] for name in (SCORED, LABELLED, *CONTROLS)}
     for i, q in enumerate(train):
         dealt = rng.sample(q.right, len(q.right))
-        for rows, right in ((sets, q.right), (shuffled, dealt)):
+        logps = [_token_logps(base, sample) for sample in q.samples]
+        for scored, single, right in ((SCORED, LABELLED, q.right), (SHUFFLED, RELABELLED, dealt)):
             answers = [{"content": s, "reward": float(r)} for s, r in zip(q.solutions, right)]
-            rows.append({"id": str(i), "prompt": q.prompt, "responses": answers, "value": mean(map(float, right))})
-        for k, sample in enumerate(q.samples):
-            row = {"id": f"{i}.{k}", "prompt": q.prompt, "completion": sample.text, "label": q.right[k]}
-            single.append(row | {"logps": _token_logps(base, sample)})
-    named = {SCORED: sets, SHUFFLED: shuffled, LABELLED: single}
-    return {name: write(folder / f"{name}.jsonl", rows) for name, rows in named.items()}
+            row = {"id": str(i), "prompt": q.prompt, "responses": answers, "value": mean(map(float, right))}
+            made[scored].append(row)
+            for k, (text, label) in enumerate(zip(q.solutions, right)):
+                row = {"id": f"{i}.{k}", "prompt": q.prompt, "completion": text, "label": label, "logps": logps[k]}
+                made[single].append(row)
+    return {name: write(folder / f"{name}.jsonl", rows) for name, rows in made.items()}
 
 
 @torch.no_grad()
@@ -184,7 +202,9 @@ def recipe(case: Case, shared: Path, rows: Path, folder: Path, seed: int, steps:
         "train": {
             "learning_rate": RATE,
             "lr_scheduler_type": "constant",
-            "per_device_train_batch_size": 6 if case.rows == LABELLED else 2,  # small packs: attention is cheaper
+            "per_device_train_batch_size": 6
+            if case.rows in (LABELLED, RELABELLED)
+            else 2,  # small packs: attention is cheaper
             "gradient_accumulation_steps": 4,
             "max_steps": steps,
             "logging_steps": max(1, steps // 5),
@@ -229,20 +249,7 @@ def _margins(model: Any, test: Sequence[Question]) -> dict[str, list[float]]:
     return out
 
 
-def _moved(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+def _moved(after: Numbers, before: Numbers) -> dict[str, list[float]]:
     """The margin of each question, and what became of all of it since `before`."""
     change = {name: [a - b for a, b in zip(after[name], before[name])] for name in after}
     return {**change, "change": change["margin"], "margin": list(after["margin"])}
-
-
-def _verdict(case: Case, change: Sequence[float], which: str) -> tuple[str, Interval, str]:
-    """The claim: a larger margin; of the control: none."""
-    found = interval(change)
-    if case.rows == SHUFFLED:
-        return f"{case.name}: no change on {which} questions", found, verdict_of_none(found)
-    return f"{case.name}: the margin grows on {which} questions", found, verdict(found)
-
-
-def verdict_of_none(change: Interval) -> str:
-    """Whether 0 is within the interval."""
-    return "holds" if change.low <= 0 <= change.high else "does not hold"
