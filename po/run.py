@@ -27,7 +27,7 @@ from po.policy import load_policy, load_tokenizer, tokenizer_key
 from po.process import arguments, keep_freed_memory, quiet, say
 from po.recipe import keep_checkpoints, resolved_text
 from po.reference import build_reference
-from po.rollout.assemble import build_rollouts
+from po.rollout.assemble import build_rollouts, rewards_of
 from po.sharing import problem, share
 from po.spec import DataSpec, Recipe, RolloutSpec
 from po.trackers import SafeTrackers
@@ -130,6 +130,9 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         keep_freed_memory()
     if args.process_index == 0:
         _write_run_files(folder, recipe, data)
+    rewards = None
+    if recipe.rollout is not None:
+        rewards = rewards_of(recipe, data.train.examples, tokenizer, str(args.device))
     torch.manual_seed(recipe.seed)
     policy, sharing = _policy(recipe, args)
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -156,10 +159,9 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         from_privileged=recipe.rollout is not None and recipe.rollout.sample_from == "privileged",
     )
     meta, rollouts = _meta(recipe, data, args), None
-    if recipe.rollout is not None:
-        key, prompts = tokenizer_key(tokenizer), data.train.examples
-        made = (policy, reference, tokenizer, key, meta, args.device, autocast)
-        rollouts = build_rollouts(recipe, prompts, data.layout, collate, *made)
+    if rewards is not None:
+        made = (policy, reference, tokenizer, tokenizer_key(tokenizer), meta, args.device, autocast)
+        rollouts = build_rollouts(recipe, rewards, data.train.examples, data.layout, collate, *made)
     trainer = POTrainer(
         model=policy,
         args=args,
@@ -256,7 +258,10 @@ def save(job: Job) -> None:
 
 def check(recipe: Recipe) -> str:
     """`po check`: rows read and tokenized, needs compared, nothing loaded but the tokenizer."""
-    data = load_data(recipe, load_tokenizer(recipe.model))
+    tokenizer = load_tokenizer(recipe.model)
+    data = load_data(recipe, tokenizer)
+    if recipe.rollout is not None:
+        rewards_of(recipe, data.train.examples, tokenizer, "cpu", models=False).close()
     args = recipe.train
     batch = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
     steps = -(-len(data.train) // batch)

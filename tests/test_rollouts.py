@@ -21,7 +21,7 @@ from po.order import StepSampler
 from po.recipe import load
 from po.rollout.journal import Journal
 from po.rollout.rounds import RoundSampler
-from po.run import build
+from po.run import build, check
 
 
 def trained(recipe: Path) -> Any:
@@ -348,6 +348,14 @@ def test_samples_of_another_recipe_are_not_taken_over(tmp_path: Path, run: Calla
         ({"loss": {"head": "copg"}, "rollout": {"correction": "token"}}, "no head of the recipe applies it"),
         ({"loss": {"head": "copg"}, "reference": {"from": "init", "kind": "cached"}}, "yet to be sampled"),
         ({"rollout": {"from_reference": 5}}, "is 5 of 4 samples; at most all"),
+        (
+            {"rollout": {"rewards": [{"url": "http://me:pw@host/x"}]}},
+            "rollout.rewards[0].url: holds a user, a password",
+        ),
+        ({"rollout": {"rewards": [{"url": "http://host/x?api_key=1"}]}}, "name that at options.token_env"),
+        ({"loss": {"head": "grpo2"}}, "head 'grpo2' compares exactly 2 responses"),
+        ({"loss": {"head": "dr_grpo"}}, "divides by max_completion_length 256, and rollout.max_completion_length is 8"),
+        ({"loss": {"head": "pi_distill"}}, "head 'pi_distill' is for samples from 'privileged'"),
     ],
 )
 def test_wrong_recipes(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -359,3 +367,16 @@ def test_wrong_recipes(changes: dict[str, Any], message: str, tmp_path: Path) ->
 def test_rows_without_the_answers_that_a_recipe_takes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"rollout.gold takes the rows' own responses; .*prompts.jsonl:1 has none"):
         build(load(online(tmp_path, {"head": "gcpo_gold"}, rollout={"gold": "all_failed"}))[0])
+
+
+def test_rows_without_a_column_that_a_reward_reads(tmp_path: Path) -> None:
+    recipe = load(online(tmp_path, rollout={"rewards": {"verifier": "exact"}}))[0]
+    for go in (build, check):
+        with pytest.raises(UserError, match=r"reads the column 'answer'; .*prompts.jsonl:1 has none"):
+            go(recipe)
+
+
+def test_a_wrong_reward_is_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    recipe = online(tmp_path, rollout={"rewards": f"{tmp_path}/rewards.py:wantd"})
+    with pytest.raises(UserError, match=r"has no function 'wantd'. Did you mean 'wanted'\?"):
+        check(load(recipe)[0])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 from po.recipe.report import Report
 from po.rewards import reward_name
@@ -58,11 +60,22 @@ def _rewards(spec: RolloutSpec, report: Report) -> None:
                 f"expected exactly one of function, verifier, model and url, got {found}; see docs/rewards.md.",
             )
             continue
+        if one.url is not None and _has_secret(one.url):
+            report.wrong(
+                ("rollout", "rewards", i, "url"),
+                "holds a user, a password or a token, and recipes are copied into the run's folder; put the token into "
+                "an environment variable and name that at options.token_env.",
+            )
         if reward_name(one) in names:
             report.wrong(
                 ("rollout", "rewards", i, "name"), f"{reward_name(one)!r} is the name of two rewards; name one of them."
             )
         names.append(reward_name(one))
+
+
+def _has_secret(url: str) -> bool:
+    parts = urlsplit(url)
+    return "@" in parts.netloc or any(re.search("key|token|secret|passw", k, re.I) for k, _ in parse_qsl(parts.query))
 
 
 def _pointless(spec: RolloutSpec, said: Mapping[str, Any], report: Report) -> None:

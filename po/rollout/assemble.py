@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,47 @@ from po.data.rows import Example
 from po.errors import UserError
 from po.ranks import rank
 from po.ref_kinds import AdapterOff, Reference
-from po.rewards import build_rewards
+from po.rewards import Rewards, build_rewards
 from po.rollout.draw import Draw
 from po.rollout.hf import HFSampler
 from po.rollout.journal import Journal
 from po.rollout.rollouts import Rollouts
 from po.rollout.sampler import Sampler, Sampling
-from po.spec import Recipe, RolloutSpec
+from po.spec import Recipe, RewardSpec, RolloutSpec
 from po.types import Layout, Needs
 
 FOLDER = "rollouts"  # of the run folder
 
 
+def rewards_of(recipe: Recipe, prompts: Sequence[Example], tokenizer: Any, device: str, models: bool = True) -> Rewards:
+    """The recipe's rewards, started; UserError where one cannot work or a row lacks a column that it reads.
+
+    models False: without those that load a model.
+    """
+    spec = recipe.rollout
+    assert spec is not None
+    _check_own(spec, prompts, recipe.data.train[0].path)
+    chosen = [r for r in spec.rewards if models or (r.model is None and not _reads_rewards(r))]
+    rewards = build_rewards(chosen, tokenizer=tokenizer, device=device)
+    for name in sorted(rewards.columns):
+        lacking = next((e.where for e in prompts if json.loads(e.record or "{}").get(name) is None), None)
+        if lacking is not None:
+            rewards.close()
+            raise UserError(
+                f"{recipe.data.train[0].path}: a reward of rollout.rewards reads the column {name!r}; {lacking} has "
+                "none. Add it to the rows, or name its column in the source's `columns`"
+            )
+    return rewards
+
+
+def _reads_rewards(spec: RewardSpec) -> bool:
+    """Whether it builds on other rewards, which may not be there."""
+    return spec.verifier in ("anchor_rank", "correct_length", "group_contrast")
+
+
 def build_rollouts(
     recipe: Recipe,
+    rewards: Rewards,
     prompts: Sequence[Example],
     layout: Layout,
     collate: Collate,
@@ -42,7 +70,6 @@ def build_rollouts(
     """meta: what decides this run's samples; a journal made under another one is refused (UserError)."""
     spec = recipe.rollout
     assert spec is not None
-    _check_own(spec, prompts, recipe.data.train[0].path)
 
     def hf(net: nn.Module, **more: Any) -> HFSampler:
         stops = stop_ids(net, tokenizer)
@@ -59,7 +86,7 @@ def build_rollouts(
         spec,
         sampler,
         _of_reference(spec, policy, reference, hf),
-        build_rewards(spec.rewards, tokenizer=tokenizer, device=str(device)),
+        rewards,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         recipe.seed,
         moving=isinstance(reference, AdapterOff),

@@ -105,7 +105,7 @@ class Draw:
         scored = self._rewards(asked, said, [list(a.ids) for a in flat], columns, owner)
         out: list[list[Answer]] = [[] for _ in groups]
         for g, a, s in zip(owner, flat, scored, strict=True):
-            problems = s.problems or (() if s.reward is not None else ("no reward applies to it",))
+            problems = s.problems if s.reward is None else ()  # of rewards without weight: counted, no more
             out[g].append(replace(a, reward=s.reward, parts=s.parts, problems=problems))
         return out
 
