@@ -79,6 +79,8 @@ class POTrainer(Trainer):
             load_gates(self.model, Path(resume_from_checkpoint))
             if self.coupled is not None:
                 self.coupled.load(Path(resume_from_checkpoint))
+            if self.rollouts is not None:
+                self.rollouts.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -282,6 +284,8 @@ class POTrainer(Trainer):
             save_gates(model, folder, write=self.args.process_index == 0)
             if self.coupled is not None:
                 self.coupled.save(folder)
+            if self.rollouts is not None:
+                self.rollouts.save(folder)
 
         with self.speed.paused():
             sealed_save(folder, write, self.meta, self.keep, self.state.best_model_checkpoint)

@@ -17,6 +17,10 @@ def wanted(completions, wanted, **columns):
 def late(completions, **columns):
     return [None if "w7" in text.split() else float(len(text.split()) > 4) for text in completions]
 
+def odd(completions, **columns):
+    """Equal for two answers every second time."""
+    return [float(sum(int(w[1:]) for w in text.split() if w[0] == "w") % 2) for text in completions]
+
 def broken(completions, **columns):
     raise ValueError("no such key")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,12 +22,14 @@ from po.data.rows import Example, Item
 from po.errors import UserError
 from po.forward import Forward
 from po.metrics import Metric
-from po.ranks import gather, on_any, rank, ranks
+from po.ranks import gather, rank, ranks
+from po.rollout import before
 from po.rollout.draw import Draw, Place
 from po.rollout.journal import Journal
+from po.rollout.refill import refill, reserve_of
 from po.rollout.rounds import Ask, Micro
 from po.rollout.stats import group_metrics
-from po.rollout.written import Written, as_example
+from po.rollout.written import Answer, Written, as_example
 from po.spec import DataSpec, RolloutSpec
 from po.types import Layout
 
@@ -50,12 +53,16 @@ class Rollouts:
         tokenizer: str,
         seed: int,
     ) -> None:
-        """least: how many scored responses a group must have to count. tokenizer: its key, which rows carry."""
+        """least: how many responses a group must have to count. tokenizer: its key, which rows carry."""
         self.spec, self._data, self._draw, self._journal = spec, data, draw, journal
         self._prompts, self._layout, self._collate = prompts, layout, collate
         self._least, self._tokenizer, self._seed = least, tokenizer, seed
         self._round: int | None = None
         self._batches: list[Batch] = []
+        self._model: nn.Module | None = None  # whose weights the samplers have yet to be told of
+        self._looks = spec.steps_per_generation * spec.num_iterations > 1
+        self._before: before.Before | None = None
+        self.moved: Callable[[], object] = lambda: None  # called after each call of the sampler
 
     def batches(self, model: nn.Module, asks: Sequence[Ask], forward: Forward, record: Record) -> list[Batch]:
         """The micro-batches of an optimizer step. The first step of a round samples all of its prompts. model: what the
@@ -73,80 +80,106 @@ class Rollouts:
         start = time.perf_counter()
         places = [_places(ask.round, m) for m in ask.micros]
         counts = {p: c for m, ps in zip(ask.micros, places) for p, (_, c) in zip(ps, m.picks)}
-        self._draw.update(model)
-        found = self._written([p for ps in places for p in ps])
-        self._check_scored(ask.round, [w for p, w in found.items() if counts[p]])
-        metrics = list(group_metrics([w for p, w in found.items() if counts[p]], self.spec))
-        if self.spec.zero_variance != "keep":
-            counts |= {p: False for p, w in found.items() if w.flat}
+        self._model = model
+        found = self._written([p for p, counted in counts.items() if counted])
+        self._check_scored(ask.round, list(found.values()))
+        metrics = list(group_metrics(list(found.values()), self.spec))
         if self.spec.zero_variance == "refill":
-            found, counts = self._refill(ask, found, counts, record)
+            refilled, spent = self._refill(ask.round, found)
+            found |= refilled
+            metrics.append(("rollout/refilled", torch.tensor([float(spent)]), None))
+        if self.spec.zero_variance != "keep":
+            found = {p: w for p, w in found.items() if not w.flat}
         sampled = time.perf_counter() - start
-        batches = [self._batch([found[p] for p in ps], [counts[p] for p in ps]) for ps in places]
-        if self.spec.steps_per_generation * self.spec.num_iterations > 1:
-            batches = [_looked_at(model, b, forward) for b in batches]
-        record([*metrics, ("perf/sampling_s", torch.tensor([sampled], dtype=torch.float64), None)])
+        batches = [self._batch([(p, found.get(p)) for p in ps]) for ps in places]
+        if self._looks:
+            batches = self._looked(model, ask.round, batches, forward)
+        if ask.age == 0:  # a run that goes on in the middle of a round has logged them
+            record([*metrics, ("perf/sampling_s", torch.tensor([sampled], dtype=torch.float64), None)])
         return batches
 
+    def _looked(self, model: nn.Module, number: int, batches: Sequence[Batch], forward: Forward) -> list[Batch]:
+        """With what the policy of the round's start says of them: now, or when the checkpoint was saved."""
+        known, self._before = self._before, None
+        if known is None or known.round != number:
+            return [before.look(model, b, forward) for b in batches]
+        device = next(model.parameters()).device
+        return [before.recalled(b, said, device) for b, said in zip(batches, known.said, strict=True)]
+
+    def save(self, folder: Path) -> None:
+        """What a run that goes on from a checkpoint in the middle of a round must know. Every rank calls it."""
+        if self._looks and self._batches:
+            assert self._round is not None
+            before.save(folder, self._round, self._batches)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote."""
+        self._before = before.load(folder)
+
     def _written(self, places: Sequence[Place]) -> dict[Place, Written]:
-        """The groups of these places, from the journal where it has them."""
-        missing = [p for p in places if (p.round, p.place) not in self._journal]
-        size = max(1, self.spec.sequences_per_call // self.spec.num_generations)
-        for n in range(max(gather(-(-len(missing) // size)))):  # ZeRO-3: every rank calls as often
-            some = missing[n * size : (n + 1) * size]
-            prompts = [self._prompts[p.example] for p in some]
-            made = self._draw(prompts, some)
-            self._journal.write([w.to_json(e, self._tokenizer) for e, w in zip(prompts, made, strict=True)])
+        """The groups of these places, from the journal where it has them. A call of the sampler is made again in full
+        where a kill left a part of it: other prompts beside them would round the samples' log-probs otherwise."""
+        size = max(1, self._at_once() // self.spec.num_generations)
+        calls = [places[i : i + size] for i in range(0, len(places), size)]
+        calls = [c for c in calls if not all((p.round, p.place) in self._journal for p in c)]
+        most = max(gather(len(calls)))
+        if most and self._model is not None:
+            self._draw.update(self._model)
+            self._model = None
+        for call in [*calls, *[()] * (most - len(calls))]:  # ZeRO-3: every rank calls as often
+            prompts = [self._prompts[p.example] for p in call]
+            made = [w for w in self._drawn(prompts, call) if (w.round, w.place) not in self._journal]
+            self._journal.write([w.to_json(self._prompts[w.example], self._tokenizer) for w in made])
         return {p: Written.from_json(self._journal.read((p.round, p.place))) for p in places}
 
-    def _refill(
-        self, ask: Ask, found: dict[Place, Written], counts: dict[Place, bool], record: Record
-    ) -> tuple[dict[Place, Written], dict[Place, bool]]:
-        """Other prompts for groups whose rewards are equal, as far as the budget goes."""
-        flat = [p for p, w in found.items() if w.flat]
-        budget, spent = int(self.spec.refill_budget * len(found)), 0
-        reserve = self._reserve(ask, {p.example for p in found})
-        while on_any(torch.tensor(bool(flat) and spent < budget and bool(reserve))):
-            n = min(len(flat), budget - spent, len(reserve))
-            new = list(self._written([reserve.pop(0) for _ in range(n)]).values())
-            spent += n
-            for w in new:
-                if not w.flat and len(w.scored) >= self._least:
-                    place = flat.pop(0)
-                    found[place], counts[place] = w, True
-        record([("rollout/refilled", torch.tensor([float(spent)]), None)])
-        return found, counts
+    def _drawn(self, prompts: Sequence[Example], places: Sequence[Place], samples: int | None = None) -> list[Written]:
+        """Whatever rewards do to the random state, the step's dropout is what it is when the journal has the groups."""
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            made = self._draw(prompts, places, samples)
+        self.moved()
+        return made
 
-    def _reserve(self, ask: Ask, taken: set[int]) -> list[Place]:
-        """Further prompts of this rank for a round: all others, shuffled by seed and round, at places of their own."""
-        rng = torch.Generator().manual_seed(self._seed * 1_000_003 + ask.round + 1)
-        order = torch.randperm(len(self._prompts), generator=rng).tolist()
-        behind = 1_000_000_000
-        mine = [(behind + i, k) for i, k in enumerate(order) if i % ranks() == rank() and k not in taken]
-        return [Place(ask.round, place, k) for place, k in mine]
+    def _at_once(self) -> int:
+        """Sequences between two writes to the journal. A server batches by itself, the more the better."""
+        return self.spec.sequences_per_call * (1 if self.spec.server is None else 16)
 
-    def _batch(self, groups: Sequence[Written], counts: Sequence[bool]) -> Batch:
-        """The groups in the heads' layout; one with nothing to compare stays as a filler that counts for nothing."""
+    def _refill(self, number: int, found: Mapping[Place, Written]) -> tuple[dict[Place, Written], int]:
+        """Other prompts' groups for places whose rewards are equal, as far as the budget goes, and how many it took."""
+        reserve = reserve_of(number, len(self._prompts), gather([p.example for p in found]), self._seed)
+        return refill(
+            [p for p, w in found.items() if w.flat],
+            reserve,
+            int(self.spec.refill_budget * sum(gather(len(found)))),
+            self._written,
+            lambda w: not w.flat and len(w.sound) >= self._least,
+        )
+
+    def _batch(self, groups: Sequence[tuple[Place, Written | None]]) -> Batch:
+        """The groups in the heads' layout; where there is nothing to compare, a filler that counts for nothing."""
         made: list[Group] = []
-        for w, counted in zip(groups, counts):
-            prompt = self._prompts[w.example]
-            enough = len(w.scored) >= self._least
-            example = as_example(
-                prompt, w.scored if enough else w.answers, getattr(self._collate.wanted, "response_columns", ())
-            )
-            items: list[Item] = []
-            if enough and counted:
+        columns = self._collate.wanted.response_columns
+        for place, w in groups:
+            at_rows: list[Group] = []
+            if w is not None and len(w.sound) >= self._least:
+                example = as_example(self._prompts[w.example], w.sound, columns, self.spec.consistency)
                 items, _ = items_of([example], self._layout, self._data.pairing, self._data.pairing_margin, self._seed)
-            filler = Item(w.example, (0, 0) if self._layout in ("pair", "set") else (0,))
-            at_rows = [Group(example, replace(item, example=w.example)) for item in items]
-            made += at_rows or [Group(example, filler, False)]
+                at_rows = [Group(example, replace(item, example=w.example)) for item in items]
+            made += at_rows or [self._filler(place.example, columns)]
         return self._collate(made)
+
+    def _filler(self, k: int, columns: Sequence[str]) -> Group:
+        """A token after a prompt, so that ranks keep in step; nobody sampled it."""
+        prompt = self._prompts[k]
+        reward = 0.0 if self.spec.rewards else None
+        nothing = Answer(prompt.prompt_ids[-1:], "", "policy", logps=(0.0,), reward=reward)
+        item = Item(k, (0, 0) if self._layout in ("pair", "set") else (0,))
+        return Group(as_example(prompt, [nothing], columns, self.spec.consistency), item, False)
 
     def _check_scored(self, number: int, found: Sequence[Written]) -> None:
         """Every rank hears of all failures, so that all stop."""
-        mine = Counter(problem for w in found for a in w.answers if a.reward is None for problem in a.problems[:1])
+        mine = Counter(problem for w in found for a in w.answers for problem in a.problems[:1])
         total = sum(gather(sum(len(w.answers) for w in found)))
-        failed = sum(gather(sum(a.reward is None for w in found for a in w.answers)))
+        failed = sum(gather(sum(bool(a.problems) for w in found for a in w.answers)))
         if failed <= self.spec.max_unscored * total:
             return
         named = sum(gather(mine), Counter())
@@ -165,20 +198,9 @@ class Rollouts:
         size = self.spec.sequences_per_call
         for n in range(max(gather(-(-len(mine) // size)))):
             some = mine[n * size : (n + 1) * size]
-            found += self._draw([prompts[k] for k in some], [Place(-1, k, k) for k in some], samples=1)
+            found += self._drawn([prompts[k] for k in some], [Place(-1, k, k) for k in some], samples=1)
         return group_metrics(found, self.spec)
 
 
 def _places(number: int, micro: Micro) -> list[Place]:
     return [Place(number, micro.first + i, k) for i, (k, _) in enumerate(micro.picks)]
-
-
-@torch.no_grad()
-def _looked_at(model: nn.Module, batch: Batch, forward: Forward) -> Batch:
-    """The batch with what the policy says of it before it is trained on it."""
-    training = model.training
-    model.eval()
-    try:
-        return forward(model, batch.to(next(model.parameters()).device)).batch
-    finally:
-        model.train(training)
