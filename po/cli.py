@@ -1,4 +1,4 @@
-"""The command line: po train | check | heads | export. Thin; it parses words and turns endings into exit codes.
+"""The command line: po train | check | sample | heads | export. Thin: words are parsed, endings become exit codes.
 
 Nothing heavy is imported before a command needs it, so that --help is instant.
 """
@@ -28,8 +28,8 @@ OVERRIDES = """A recipe's values can be changed behind it, the last word wins:
   po %(command)s recipe.yaml train.learning_rate=1e-5 loss.0.beta=0.2
   po %(command)s recipe.yaml --train.learning_rate 1e-5 --beta=0.2
 """
-COMMANDS = ("train", "check", "heads", "export", "likra", "compo")
-_FLAGS = {"check": {"--json", "--schema", "-h", "--help"}, "train": {"-h", "--help"}}
+COMMANDS = ("train", "check", "sample", "heads", "export", "likra", "compo")
+_FLAGS = {"check": {"--json", "--schema", "-h", "--help"}, "train": {"-h", "--help"}, "sample": {"-h", "--help"}}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -81,6 +81,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, Any]:
     check.add_argument("recipe", nargs="?", help="a YAML file")
     check.add_argument("--json", action="store_true", help="print what was found as JSON")
     check.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
+    sample = command("sample", "write and reward responses to a recipe's prompts, without training", OVERRIDES)
+    sample.add_argument("recipe", help="a YAML file with a `rollout` section")
     heads = command("heads", "list the heads, or explain one")
     heads.add_argument("head", nargs="?", help="e.g. dpo")
     export = command("export", "write a run's result for use elsewhere, reopen it and check it")
@@ -156,6 +158,7 @@ def _run(words: list[str]) -> None:
     commands: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {
         "train": _train,
         "check": _check,
+        "sample": _sample,
         "heads": _heads,
         "export": _export,
         "likra": _likra,
@@ -171,6 +174,16 @@ def _train(args: argparse.Namespace, overrides: list[str]) -> None:
     from po.run import train
 
     train(recipe, notes)
+    _leave_together()
+
+
+def _sample(args: argparse.Namespace, overrides: list[str]) -> None:
+    from po.recipe import load
+
+    recipe, notes = load(args.recipe, overrides)
+    from po.sample import sample
+
+    sample(recipe, notes)
     _leave_together()
 
 

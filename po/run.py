@@ -26,6 +26,7 @@ from po.merge import check_tensors, each_tensor
 from po.policy import load_policy, load_tokenizer, tokenizer_key
 from po.process import arguments, keep_freed_memory, quiet, say
 from po.recipe import keep_checkpoints, resolved_text
+from po.ref_kinds import Reference
 from po.reference import build_reference
 from po.rollout.assemble import build_rollouts, rewards_of
 from po.sharing import problem, share
@@ -101,7 +102,11 @@ def _load_prompts(recipe: Recipe, rollout: RolloutSpec, tokenizer: Any) -> Data:
     prepared = [prepare(spec, spec.train, tokenizer, key, "train", more)]
     if spec.eval:
         prepared.append(prepare(spec, spec.eval, tokenizer, key, "eval", more))
-    layouts = [check_needs(recipe.loss, p.examples, where, sampled=True) for p, where in zip(prepared, _paths(spec))]
+    given = ("consistency",) if rollout.consistency else ()
+    layouts = [
+        check_needs(recipe.loss, p.examples, where, sampled=True, given=given)
+        for p, where in zip(prepared, _paths(spec))
+    ]
     groups = [Groups(p.examples, [Item(i, ()) for i in range(len(p.examples))]) for p in prepared]
     lines = [
         line for p, g in zip(prepared, groups) for line in (p.report.summary(), f"{len(g)} prompts to sample from")
@@ -115,16 +120,11 @@ def _paths(spec: DataSpec) -> tuple[str, ...]:
 
 def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
     """Everything up to the first step. Raises POError for what a user can mend."""
-    quiet()
     folder = Path(recipe.output_dir)
-    lock = RunLock(folder, recipe.resume)
-    for note in notes:
-        say(f"note: {note}")
+    lock = _begin(folder, recipe.resume, notes)
     tokenizer = load_tokenizer(recipe.model)
     data = load_data(recipe, tokenizer)
     say("\n".join(data.lines))
-    refuse_pickles()
-    keep_shm_clean()
     args = arguments(recipe)
     if args.device.type == "cpu":
         keep_freed_memory()
@@ -148,16 +148,7 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
     trackers, args.report_to = SafeTrackers(args.report_to, folder), []
     attach(policy, recipe.loss, reference.net if reference is not None else None)
     guard = NonFinite(folder)
-    collate = Collate(
-        sharing,
-        reference.lookup if reference else None,
-        data.layout == "pair",
-        wanted(recipe.loss),
-        recipe.max_tokens_per_forward,
-        sampled=recipe.rollout is not None,
-        temperature=1.0 if recipe.rollout is None else recipe.rollout.temperature,
-        from_privileged=recipe.rollout is not None and recipe.rollout.sample_from == "privileged",
-    )
+    collate = _collate(recipe, data, sharing, reference)
     meta, rollouts = _meta(recipe, data, args), None
     if rewards is not None:
         made = (policy, reference, tokenizer, tokenizer_key(tokenizer), meta, args.device, autocast)
@@ -177,6 +168,32 @@ def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:
         rollouts=rollouts,
     )
     return Job(recipe, data, trainer, folder, lock, _watch(trainer, folder, guard, trackers))
+
+
+def _begin(folder: Path, resume: bool, notes: Sequence[str]) -> RunLock:
+    """A process that behaves, the folder to itself, and what there is to say beforehand."""
+    quiet()
+    lock = RunLock(folder, resume)
+    for note in notes:
+        say(f"note: {note}")
+    refuse_pickles()
+    keep_shm_clean()
+    return lock
+
+
+def _collate(recipe: Recipe, data: Data, sharing: bool, reference: Reference | None) -> Collate:
+    """How groups become batches."""
+    rollout = recipe.rollout
+    return Collate(
+        sharing,
+        reference.lookup if reference else None,
+        data.layout == "pair",
+        wanted(recipe.loss),
+        recipe.max_tokens_per_forward,
+        sampled=rollout is not None,
+        temperature=1.0 if rollout is None else rollout.temperature,
+        from_privileged=rollout is not None and rollout.sample_from == "privileged",
+    )
 
 
 def _watch(trainer: POTrainer, folder: Path, guard: NonFinite, trackers: SafeTrackers) -> GracefulStop:

@@ -123,6 +123,7 @@ class RolloutSpec:
     )
     own_responses: bool = False  # the row's own responses join the group, with their rewards or labels
     label_above: float | None = None  # samples with more reward are desirable, the others not; None: unlabelled
+    consistency: tuple[str, str] | None = None  # rewards whose agreement on ranks is each row's column `consistency`
     correction: Correction = "none"  # truncated importance weights against the sampler's own log-probs
     correction_cap: Annotated[float, Gt(0)] = 2.0  # their largest value
     max_unscored: Annotated[float, Ge(0), Le(1)] = 0.0  # share of a round's samples that rewards may fail on

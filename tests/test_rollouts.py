@@ -16,11 +16,13 @@ from online_support import journal, metrics, online, write_prompts
 from safetensors.torch import load_file
 
 import po.run
+import po.sample
 from po.errors import UserError
 from po.order import StepSampler
 from po.recipe import load
 from po.rollout.journal import Journal
 from po.rollout.rounds import RoundSampler
+from po.rollout.written import Answer, consistency
 from po.run import build, check
 
 
@@ -380,3 +382,45 @@ def test_a_wrong_reward_is_found_before_a_model_is_loaded(tmp_path: Path) -> Non
     recipe = online(tmp_path, rollout={"rewards": f"{tmp_path}/rewards.py:wantd"})
     with pytest.raises(UserError, match=r"has no function 'wantd'. Did you mean 'wanted'\?"):
         check(load(recipe)[0])
+
+
+# Without training, and iterations
+
+
+def test_sampling_alone_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`po sample` writes what `po train` reads, and goes on where it was cut off."""
+    made: list[Any] = []
+    monkeypatch.setattr(po.sample, "build", lambda *args: made.append(build(*args)) or made[-1])
+    recipe = online(tmp_path, {"head": "infonca"})
+    po.sample.sample(load(recipe)[0])
+    made.pop().lock.release()
+    rows = tmp_path / "run/rollouts/rank0.jsonl"
+    lines = rows.read_text().splitlines()
+    assert sorted(x["example"] for x in journal(tmp_path / "run")) == list(range(12))
+    rows.write_text("\n".join(lines[:5]) + "\n" + lines[5][:50])
+    po.sample.sample(load(recipe, ["resume=true"])[0])
+    made.pop().lock.release()
+    assert sorted(rows.read_text().splitlines()) == sorted(lines)
+    offline = online(tmp_path, {"head": "infonca"}, out="trained", rows=rows)
+    said = yaml.safe_load(offline.read_text())
+    del said["rollout"]
+    offline.write_text(yaml.safe_dump(said))
+    trained(offline)
+    assert metrics(tmp_path / "trained")[0]["loss/infonca"] > 0
+
+
+def test_two_rankings_agree_or_not(tmp_path: Path) -> None:
+    """CREAM: the consistency of two rewards' rankings becomes the row's column."""
+    (tmp_path / "two.py").write_text(
+        "def now(completions, **c):\n    return [float(len(t)) for t in completions]\n"
+        "def before(completions, **c):\n    return [-float(len(t)) for t in completions]\n"
+    )
+    rewards = [f"{tmp_path}/two.py:now", {"function": f"{tmp_path}/two.py:before", "weight": 0.0}]
+    rollout = {"rewards": rewards, "consistency": ["now", "before"]}
+    trained(online(tmp_path, {"head": "cream"}, rollout=rollout))
+    assert metrics(tmp_path / "run")[0]["cream/consistency"] < 0.2
+    assert consistency(answers([0.9, 0.1, 0.5, 0.3, 0.7], [0.8, 0.2, 0.1, 0.4, 0.9]), "a", "b") == 0.7
+
+
+def answers(first: list[float], second: list[float]) -> list[Answer]:
+    return [Answer((5,), "", "policy", parts={"a": a, "b": b}) for a, b in zip(first, second, strict=True)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import combinations, pairwise
 
@@ -135,11 +135,13 @@ def _draw(e: Example, k: int, seed: int) -> bytes:
     return hashlib.sha256(repr((seed, e.prompt_ids, e.response_ids[k])).encode()).digest()
 
 
-def check_needs(terms: Sequence[Term], examples: Sequence[Example], where: str, sampled: bool = False) -> Layout:
+def check_needs(
+    terms: Sequence[Term], examples: Sequence[Example], where: str, sampled: bool = False, given: Collection[str] = ()
+) -> Layout:
     """The batch layout for these terms. Raises UserError that names the head, its need and the first row without it.
 
     "best" adapts to the layout of the other terms. sampled: the examples are prompts, whose responses and all that
-    belongs to these will be sampled.
+    belongs to these will be sampled; `given` are columns that come with the samples.
     """
     layouts = {t.head.needs.layout: t.head for t in terms if t.head.needs.layout != "best"}
     if len(layouts) > 1:
@@ -149,7 +151,7 @@ def check_needs(terms: Sequence[Term], examples: Sequence[Example], where: str, 
         raise UserError(f"{where}: expected at least one loss term and one row")
     layout: Layout = next(iter(layouts), "best")
     of_responses = () if sampled else tuple((t.head, *want) for t in terms for want in _wants(t.head.needs, layout))
-    wants = [*of_responses, *((t.head, *want) for t in terms for want in _wants_of_prompt(t.head.needs))]
+    wants = [*of_responses, *((t.head, *want) for t in terms for want in _wants_of_prompt(t.head.needs, given))]
     for e in light(examples):
         for head, lacks, need, advice in wants:
             if lacks(e):
@@ -187,7 +189,7 @@ def _wants(needs: Needs, layout: Layout) -> Iterator[tuple[Callable[[Example], b
         yield lambda e: len(e.response_ids) < 2, "a second response to every prompt", "Add one, or use head 'sft'."
 
 
-def _wants_of_prompt(needs: Needs) -> Iterator[tuple[Callable[[Example], bool], str, str]]:
+def _wants_of_prompt(needs: Needs, given: Collection[str]) -> Iterator[tuple[Callable[[Example], bool], str, str]]:
     """The same for what belongs to a prompt."""
     if needs.prompt_embedding:
         do = "Add prompt_embedding: [numbers] to the rows."
@@ -195,7 +197,7 @@ def _wants_of_prompt(needs: Needs) -> Iterator[tuple[Callable[[Example], bool], 
     if needs.privileged:
         do = "Add privileged_prompt to the rows: text, or messages where the prompt is."
         yield lambda e: e.privileged_ids is None, "a privileged prompt", do
-    for name in needs.columns:
+    for name in [n for n in needs.columns if n not in given]:
         do = f"Add {name}: a number to the rows, or name their column in the source's `columns`."
         yield partial(_lacks, name, "columns"), f"a number in column {name!r}", do
 

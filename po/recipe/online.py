@@ -86,6 +86,10 @@ def _pointless(spec: RolloutSpec, said: Mapping[str, Any], report: Report) -> No
         off = getattr(spec, needed) in ("keep", "drop", "none")
         if said.get(key) is not None and off and getattr(spec, key) != getattr(RolloutSpec, key):
             report.wrong(("rollout", key), f"has no effect without `{needed}: {value}`; write that or leave this out.")
+    unknown = [n for n in spec.consistency or () if n not in map(reward_name, spec.rewards)]
+    if unknown:
+        names = ", ".join(map(reward_name, spec.rewards))
+        report.wrong(("rollout", "consistency"), f"no reward is named {unknown[0]!r}; there are: {names or 'none'}.")
     if spec.from_reference > spec.num_generations:
         report.wrong(
             ("rollout", "from_reference"), f"is {spec.from_reference} of {spec.num_generations} samples; at most all."
@@ -123,6 +127,8 @@ def _heads(recipe: Recipe, spec: RolloutSpec, report: Report) -> None:
         )
     if spec.label_above is not None and not reads_labels:
         report.wrong(("rollout", "label_above"), "has no effect: no head of the recipe reads labels; leave it out.")
+    if spec.consistency and not any("consistency" in t.head.needs.columns for t in recipe.loss):
+        report.wrong(("rollout", "consistency"), "has no effect: no head of the recipe reads it; leave it out.")
     if spec.correction != "none" and not any(t.head.needs.correction for t in recipe.loss):
         report.wrong(("rollout", "correction"), "has no effect: no head of the recipe applies it; leave it out.")
 

@@ -190,6 +190,14 @@ class Rollouts:
             + "\n".join(lines)
         )
 
+    def once(self, model: nn.Module) -> Iterable[Metric]:
+        """Sample and reward every prompt once, without training: this rank's share, as round 0 of the journal."""
+        self._model = model
+        mine = [Place(0, k, k) for k in range(rank(), len(self._prompts), ranks())]
+        found = list(self._written(mine).values())
+        self._check_scored(0, found)
+        return group_metrics(found, self.spec)
+
     def evaluate(self, model: nn.Module, prompts: Sequence[Example]) -> Iterable[Metric]:
         """Rewards of one sample for each prompt, this rank's share of them; not kept."""
         self._draw.update(model)

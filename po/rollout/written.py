@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import Any, Literal
 
 from po.data.rows import Example
@@ -101,9 +102,25 @@ class Written:
         return len({a.reward for a in self.sound}) < 2
 
 
-def as_example(prompt: Example, answers: Sequence[Answer], columns: Sequence[str]) -> Example:
+def consistency(answers: Sequence[Answer], first: str, second: str) -> float:
+    """(1 + Kendall's tau) / 2 of how two rewards rank the answers (CREAM, Wang et al. 2024, arXiv:2410.12735); a pair
+    that either ranks as equal counts as neither. NaN where one of them is missing."""
+    ranks = [(a.parts.get(first), a.parts.get(second)) for a in answers]
+    agree = total = 0
+    for (a, b), (c, d) in combinations(ranks, 2):
+        if a is None or b is None or c is None or d is None:
+            return math.nan
+        agree += (a > c) * (b > d) + (a < c) * (b < d) - (a > c) * (b < d) - (a < c) * (b > d)
+        total += 1
+    return (1 + agree / max(total, 1)) / 2
+
+
+def as_example(
+    prompt: Example, answers: Sequence[Answer], columns: Sequence[str], agree: tuple[str, str] | None = None
+) -> Example:
     """What heads see of a group. columns: the response columns that they read. Log-probs that the sampler did not give
-    (the row's own responses) are NaN. Answers without a reward, beside such as have one, are in fillers alone."""
+    (the row's own responses) are NaN. Answers without a reward, beside such as have one, are in fillers alone. agree:
+    two rewards whose consistency becomes the row's."""
     rewarded = any(a.reward is not None or a.problems for a in answers)
     own = {name: tuple(_column(a, name) for a in answers) for name in columns}
     return replace(
@@ -113,6 +130,7 @@ def as_example(prompt: Example, answers: Sequence[Answer], columns: Sequence[str
         label=tuple(a.label or 0 for a in answers),
         logps=tuple(a.logps or (math.nan,) * len(a.ids) for a in answers),
         response_columns=tuple(own.items()),
+        columns=(*prompt.columns, *((("consistency", consistency(answers, *agree)),) if agree else ())),
         chosen_first=False,
         record=None,
         ended=tuple(a.ended for a in answers),
