@@ -36,13 +36,13 @@ from po.data.sources import open_sources
 from po.errors import UserError
 from po.finished import find_run, tokenizer_of
 from po.heads.dpo import DPO
+from po.load import load_data
 from po.logprob import Want, against, install, score
 from po.merge import check_tensors, each_tensor, load_plain, load_trained, merge
 from po.policy import load_tokenizer, tokenizer_key
 from po.process import quiet, say
 from po.recipe import load as load_recipe
 from po.reference import build_reference
-from po.run import load_data
 from po.spec import Recipe, Term
 from po.weights import checkpoint_dtype, fingerprint, locate
 

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback
 
-from po.batch import Collate, Groups, wanted
+from po.batch import Collate, wanted
 from po.callbacks import GracefulStop, NonFinite, Watchdog
 from po.checkpoint import check_same, newest_sound
-from po.data.layout import arrange, check_needs
-from po.data.prepare import Prepared, prepare
-from po.data.rows import Item
 from po.errors import StoppedError
 from po.folder import RunLock, environment
 from po.gates import attach
 from po.hardening import keep_shm_clean, refuse_pickles
+from po.load import Data, load_data
 from po.logs import MetricsFile, Progress
 from po.merge import check_tensors, each_tensor
 from po.policy import load_policy, load_tokenizer, tokenizer_key
@@ -30,10 +28,9 @@ from po.ref_kinds import Reference
 from po.reference import build_reference
 from po.rollout.assemble import build_rollouts, rewards_of
 from po.sharing import problem, share
-from po.spec import DataSpec, Recipe, RolloutSpec
+from po.spec import Recipe
 from po.trackers import SafeTrackers
 from po.trainer import POTrainer
-from po.types import Layout
 from po.zero import stage
 
 # The fields of `train` that decide which weights a run ends with; a resumed run must have the same.
@@ -49,21 +46,6 @@ _SCHEDULE = (
 
 
 @dataclass(frozen=True)
-class Data:
-    """The rows of a run, ready to be batched."""
-
-    train: Groups
-    eval: Groups | None
-    layout: Layout
-    prepared: tuple[Prepared, ...]
-    lines: tuple[str, ...]  # what was read and derived, for people
-
-    def to_json(self) -> dict[str, Any]:
-        """The reports of what was read, for data_report.json."""
-        return {p.report.split: p.report.to_json() | {"key": p.key} for p in self.prepared}
-
-
-@dataclass(frozen=True)
 class Job:
     """A run that is ready to train."""
 
@@ -73,49 +55,6 @@ class Job:
     folder: Path
     lock: RunLock
     stop: GracefulStop
-
-
-def load_data(recipe: Recipe, tokenizer: Any) -> Data:
-    """Rows -> groups in the layout that the recipe's heads need. Raises UserError for bad rows and unmet needs."""
-    if recipe.rollout is not None:
-        return _load_prompts(recipe, recipe.rollout, tokenizer)
-    key, spec, more = tokenizer_key(tokenizer), recipe.data, wanted(recipe.loss)
-    train = prepare(spec, spec.train, tokenizer, key, "train", more)
-    prepared = [train]
-    layout = check_needs(recipe.loss, train.examples, spec.train[0].path)
-    groups, lines = [], []
-    if spec.eval:
-        prepared.append(prepare(spec, spec.eval, tokenizer, key, "eval", more))
-        check_needs(recipe.loss, prepared[1].examples, spec.eval[0].path)
-    for p in prepared:
-        items, line = arrange(p.examples, layout, spec.pairing, spec.pairing_margin, recipe.seed, more.mismatch)
-        groups.append(Groups(p.examples, items))
-        lines += [p.report.summary(), line]
-    return Data(groups[0], groups[1] if spec.eval else None, layout, tuple(prepared), tuple(lines))
-
-
-def _load_prompts(recipe: Recipe, rollout: RolloutSpec, tokenizer: Any) -> Data:
-    """Rows of which only the prompts are trained on; their other fields are for rewards."""
-    key, more = tokenizer_key(tokenizer), replace(wanted(recipe.loss), prompts=True)
-    room = recipe.data.max_length - rollout.max_completion_length
-    spec = replace(recipe.data, max_prompt_length=min(room, recipe.data.max_prompt_length or room))
-    prepared = [prepare(spec, spec.train, tokenizer, key, "train", more)]
-    if spec.eval:
-        prepared.append(prepare(spec, spec.eval, tokenizer, key, "eval", more))
-    given = ("consistency",) if rollout.consistency else ()
-    layouts = [
-        check_needs(recipe.loss, p.examples, where, sampled=True, given=given)
-        for p, where in zip(prepared, _paths(spec))
-    ]
-    groups = [Groups(p.examples, [Item(i, ()) for i in range(len(p.examples))]) for p in prepared]
-    lines = [
-        line for p, g in zip(prepared, groups) for line in (p.report.summary(), f"{len(g)} prompts to sample from")
-    ]
-    return Data(groups[0], groups[1] if spec.eval else None, layouts[0], tuple(prepared), tuple(lines))
-
-
-def _paths(spec: DataSpec) -> tuple[str, ...]:
-    return tuple(sources[0].path for sources in (spec.train, spec.eval) if sources)
 
 
 def build(recipe: Recipe, notes: Sequence[str] = ()) -> Job:

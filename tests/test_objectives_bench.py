@@ -25,8 +25,8 @@ from harness.table import frontier, markdown  # noqa: E402
 from harness.world import World  # noqa: E402
 
 from po.heads import HEADS  # noqa: E402
+from po.load import load_data  # noqa: E402
 from po.recipe import load  # noqa: E402
-from po.run import load_data  # noqa: E402
 from po.sandbox import Pretraining, Size, build, reward  # noqa: E402
 from po.sandbox import world as questions  # noqa: E402
 from po.sandbox.questions import Question, demonstration  # noqa: E402
