@@ -85,8 +85,8 @@ def _launchers() -> tuple[int, ...]:
 
 class Watchdog(TrainerCallback):
     """Ends the process, with the stacks of all threads on stderr, when nothing moves for `seconds`: no step, evaluation
-    batch, log line or save. Works while the main thread is blocked in a collective; the launcher then ends the others.
-    0 switches it off; None reads PO_WATCHDOG_SECONDS, else half an hour."""
+    batch, call of a sampler, log line or save. Works while the main thread is blocked in a collective; the launcher
+    then ends the others. 0 switches it off; None reads PO_WATCHDOG_SECONDS, else half an hour."""
 
     def __init__(self, seconds: float | None = None) -> None:
         self._seconds = float(os.environ.get("PO_WATCHDOG_SECONDS", 1800)) if seconds is None else seconds

@@ -1,7 +1,7 @@
 """transformers.Trainer with a handful of overrides: which rows, no casting, what to count, the loss, what to log.
 
-Everything that decides the objective is here or below in one hop: rows per step (`order`), counts per step over all
-micro-batches and ranks (`get_batch_samples`), log-probs (`logprob`), heads and averaging (`objective`).
+Everything that decides the objective is here or below in one hop: rows per step (`loaders`, `order`), counts per step
+over all micro-batches and ranks (`get_batch_samples`), log-probs (`logprob`), heads and averaging (`objective`).
 """
 
 from __future__ import annotations
@@ -22,15 +22,14 @@ from po.callbacks import NonFinite
 from po.checkpoint import sealed_save
 from po.coupled import Coupled
 from po.errors import OutOfMemoryError, out_of_memory
-from po.forward import Forward
+from po.first import check_first
+from po.forward import Forward, evaluating
 from po.gates import apart, gates_of, load_gates, save_gates
+from po.loaders import eval_loader, train_loader
 from po.metrics import Meter, Metric, names, preference_metrics
 from po.objective import Parts, Scope, counted, objective, scope
-from po.order import StepLoader, StepSampler
-from po.reference import Reference, check_start, compute_dtype
+from po.reference import Reference, compute_dtype
 from po.rollout.rollouts import Rollouts
-from po.rollout.rounds import Asks, RoundSampler, alone
-from po.sharing import verify
 from po.spec import Term
 from po.speed import Speed, positions
 from po.types import HeadInput
@@ -67,6 +66,8 @@ class POTrainer(Trainer):
         self.speed = Speed(self.model, self.args.device, _autocast(self.args) or compute_dtype(self.model))
         self._checked = False
         self.forward = Forward(self.terms, reference, None if rollouts is None else rollouts.spec)
+        if rollouts is not None:  # the watchdog sees that sampling moves
+            rollouts.moved = lambda: self.callback_handler.on_substep_end(self.args, self.state, self.control)
         self.coupled = None
         splits = collate.max_tokens is not None
         if splits or any(t.head.needs.couples_batch for t in terms):
@@ -92,35 +93,12 @@ class POTrainer(Trainer):
 
     # Rows
 
-    def _loader(self, groups: Groups, per_device: int, accumulation: int, shuffle: bool) -> StepLoader:
-        order = (
-            len(groups),
-            per_device,
-            accumulation,
-            self.args.world_size,
-            self.args.process_index,
-            shuffle,
-            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
-            groups.sizes() if shuffle else (),
-        )
-        if self.rollouts is not None:
-            spec = self.rollouts.spec
-            rounds = RoundSampler(*order, steps=spec.steps_per_generation, iterations=spec.num_iterations)
-            return StepLoader(Asks(), batch_sampler=rounds, collate_fn=alone)
-        return StepLoader(
-            groups,
-            batch_sampler=StepSampler(*order),
-            collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
-        )
-
     def get_train_dataloader(self) -> DataLoader[Any]:
-        shuffle = self.args.train_sampling_strategy != "sequential"
-        return self._loader(self.train_dataset, self._train_batch_size, self.args.gradient_accumulation_steps, shuffle)
+        spec = None if self.rollouts is None else self.rollouts.spec
+        return train_loader(self.args, self.train_dataset, self.data_collator, self._train_batch_size, spec)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        return self._loader(eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size, 1, shuffle=False)
+        return eval_loader(self.args, eval_dataset or self.eval_dataset, self.data_collator)
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         return inputs.to(self.args.device)
@@ -172,7 +150,7 @@ class POTrainer(Trainer):
         """This micro-batch's share of the step's loss, times the ranks (DDP and DeepSpeed divide gradients by them)."""
         assert num_items_in_batch is not None
         if not self._checked:
-            self._check_first_batch(model, inputs)
+            self._check_first(model, inputs)
         if self.coupled is None:
             x, parts = self._apart(model, inputs, num_items_in_batch)
             loss: Tensor = parts.loss * self.args.world_size
@@ -183,6 +161,14 @@ class POTrainer(Trainer):
         for part in work.parts[:-1]:
             accumulate(self.accelerator, model, part)
         return work.parts[-1]()
+
+    def _check_first(self, model: nn.Module, batch: Batch) -> None:
+        self._checked = True
+        dtype = _autocast(self.args) or compute_dtype(model)
+        starts = self.reference is not None and self.reference.starts_at_policy and self.state.global_step == 0
+        gap = check_first(model, batch, self.forward, dtype, starts)
+        if gap is not None:
+            self._record([("init/ref_gap", torch.tensor([gap]), None)])
 
     def _apart(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> tuple[HeadInput, Parts]:
         """A micro-batch by itself."""
@@ -195,27 +181,7 @@ class POTrainer(Trainer):
     @torch.no_grad()
     def _record(self, metrics: Iterable[Metric]) -> None:
         for name, values, mask in metrics:
-            self.meter.add(name, values, mask)
-
-    # Checks of the numbers, once, on the first batch
-
-    @torch.no_grad()
-    def _check_first_batch(self, model: nn.Module, batch: Batch) -> None:
-        """The packing equals a plain forward, and the policy starts at its reference; NumericsError otherwise."""
-        self._checked = True
-        training = model.training
-        model.eval()
-        try:
-            verify(model, batch.pieces[0].stream if batch.pieces else batch.stream)
-            if self.reference is not None and self.reference.starts_at_policy and self.state.global_step == 0:
-                seen = self.forward(model, batch)
-                ref_T = seen.batch.ref_T
-                assert ref_T is not None
-                dtype = _autocast(self.args) or compute_dtype(model)
-                gap = check_start(batch.own(seen.logp_T), batch.own(ref_T), batch, dtype)
-                self.meter.add("init/ref_gap", torch.tensor([gap], device=ref_T.device))
-        finally:
-            model.train(training)
+            self.meter.add(name, values.to(self.args.device), None if mask is None else mask.to(self.args.device))
 
     # Evaluation and logging
 
@@ -225,19 +191,16 @@ class POTrainer(Trainer):
     ) -> dict[str, float]:
         """The objective and all metrics over the evaluation rows, exact over batches and ranks; of a run that samples,
         the rewards of one sample for each evaluation prompt."""
-        model = self.model_wrapped
-        training, kept, self.meter = model.training, self.meter, Meter()
-        model.eval()
+        model, rows = self.model_wrapped, eval_dataset or self.eval_dataset
+        kept, self.meter = self.meter, Meter()
         try:
-            with self.speed.paused():
-                rows = eval_dataset or self.eval_dataset
+            with self.speed.paused(), evaluating(model):
                 if self.rollouts is None:
                     self._go_through(model, rows)
                 else:
                     self._record(self.rollouts.evaluate(model, rows.examples))
                 found = self.meter.flush()
         finally:
-            model.train(training)
             self.meter = kept
         if self.rollouts is None:
             found["loss"] = sum(t.weight * found[f"loss/{name}"] for t, name in zip(self.terms, names(self.terms)))

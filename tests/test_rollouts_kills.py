@@ -17,6 +17,10 @@ from online_support import metrics, online
 from safetensors.torch import load_file
 from test_rollouts_ranks import journals
 
+from po.callbacks import Watchdog
+from po.recipe import load
+from po.run import build
+
 ZERO2, ZERO3 = ("deepspeed=zero2",), ("deepspeed=zero3",)
 
 
@@ -209,6 +213,22 @@ def test_killed_again_and_again(killed_world: World, words: tuple[str, ...], ran
     job = killed_world.job(out, "grpo", (*words, "resume=true"), ranks)
     assert job.wait() == [0] * ranks, job.said
     assert_same(run, whole, ranks)
+
+
+def test_a_long_round_is_not_taken_for_a_stall(tmp_path: Path) -> None:
+    """The watchdog is told of every call of the sampler, and so is it in evaluation."""
+    recipe = online(tmp_path, rollout={"sequences_per_call": 4}, train={"max_steps": 1, "eval_strategy": "steps"})
+    text = recipe.read_text().replace("data:\n", f"data:\n  eval: {tmp_path / 'prompts.jsonl'}\n", 1)
+    recipe.write_text(text)
+    job = build(load(recipe)[0])
+    beats: list[int] = []
+    (dog,) = (c for c in job.trainer.callback_handler.callbacks if isinstance(c, Watchdog))
+    real = dog.on_substep_end
+    dog.on_substep_end = lambda *a, **k: (beats.append(a[1].global_step), real(*a, **k))[1]
+    job.trainer.train()
+    assert beats.count(0) == 4  # one group a call
+    job.trainer.evaluate()
+    assert beats.count(1) == 3 * 2  # 4 of the 12 prompts a call, at step 1 and now
 
 
 def _sizes(run: Path) -> list[int]:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from po.batch import Batch
-from po.forward import Forward
+from po.forward import Forward, evaluating
 from po.ranks import rank
 
 _GATE = "gate."
@@ -32,12 +32,8 @@ class Before(NamedTuple):
 @torch.no_grad()
 def look(model: nn.Module, batch: Batch, forward: Forward) -> Batch:
     """The batch with what the policy says of it before it is trained on it."""
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return forward(model, batch.to(next(model.parameters()).device)).batch
-    finally:
-        model.train(training)
 
 
 def recalled(batch: Batch, said: Mapping[str, Tensor], device: torch.device) -> Batch:

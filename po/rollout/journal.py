@@ -72,4 +72,6 @@ def _check_meta(path: Path, journal: Path, meta: Mapping[str, Any]) -> None:
                 f"{journal}: holds samples of a run that differs from this one:\n" + "\n".join(changed) + "\nPut these "
                 "back to go on with them, or start a new run in another output_dir."
             )
-    path.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
+    staged = path.with_suffix(".tmp")  # a kill leaves the one before or this one
+    staged.write_text(json.dumps(now, indent=2) + "\n", "utf-8")
+    staged.replace(path)
