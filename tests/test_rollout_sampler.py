@@ -23,7 +23,9 @@ from transformers import DynamicCache, GenerationConfig
 from po.errors import UserError
 from po.forest import pad
 from po.logprob import install, score
-from po.rollout.hf import HFSampler, _Record, copies
+from po.rollout.choose import Choose, Chosen, drawn
+from po.rollout.decode import copies
+from po.rollout.hf import HFSampler
 from po.rollout.sampler import Sampled, Sampling
 from po.scores import Want
 from po.sharing import problem, share
@@ -282,14 +284,48 @@ def test_calls_hold_no_more_sequences_than_asked() -> None:
 def test_steps_that_generate_takes_back_are_not_recorded() -> None:
     """On GPUs it looks late whether all rows have ended."""
     torch.manual_seed(0)
-    logits_TBV, drawn_BT = torch.randn(4, 2, 9), torch.randint(9, (2, 4))
-    record = _Record(0.5)
-    for t, logits_BV in enumerate(logits_TBV):
-        assert record(drawn_BT[:, :t], logits_BV) is logits_BV
-    expected_BT = (logits_TBV / 0.5).log_softmax(-1).transpose(0, 1).gather(-1, drawn_BT[..., None])[..., 0]
-    for kept in (3, 2, 1):
-        torch.testing.assert_close(record.logps(drawn_BT[:, :kept]), expected_BT[:, :kept])
-    torch.testing.assert_close(record.logps(drawn_BT), expected_BT)
+    logits_TBV, width = torch.randn(4, 2, 9), 3
+    rows = [torch.Generator().manual_seed(i) for i in range(2)]
+    record = Chosen(Choose(Sampling(4, 0.5), rows, torch.device("cpu")), width)
+    ids_BL = torch.zeros(2, width, dtype=torch.long)
+    for logits_BV in logits_TBV:
+        only_BV = record(ids_BL, logits_BV)
+        assert (only_BV > -torch.inf).sum(-1).tolist() == [1, 1]
+        ids_BL = torch.cat((ids_BL, only_BV.argmax(-1, keepdim=True)), 1)
+    logp_BTV = (logits_TBV / 0.5).log_softmax(-1).transpose(0, 1)
+    expected_BT = logp_BTV.gather(-1, ids_BL[:, width:, None])[..., 0]
+    for kept in (4, 3, 2, 1):
+        torch.testing.assert_close(record.logps(kept), expected_BT[:, :kept])
+
+
+@pytest.mark.parametrize("vocabulary", [5, 128, 300])
+def test_a_draw_is_the_inverse_of_the_cumulative_sum(vocabulary: int) -> None:
+    """Tokens of one block, of a whole one, of several and a part; some without any probability, at both ends too."""
+    torch.manual_seed(vocabulary)
+    prob_V = 0.2 + torch.rand(vocabulary)
+    prob_V[torch.rand(vocabulary) < 0.3] = 0
+    prob_V[[0, 1, -1]] = 0
+    prob_V /= prob_V.sum()
+    end_V = prob_V.double().cumsum(0) / prob_V.double().sum()
+    random_R = torch.tensor([i / 3000 for i in range(3000)] + [1 - 2**-53], dtype=torch.float64)
+    token_R = drawn(prob_V.expand(len(random_R), -1), random_R)
+    assert (prob_V[token_R] > 0).all()
+    start_R = torch.where(token_R > 0, end_V[(token_R - 1).clamp_min(0)], 0.0)
+    assert (start_R - 1e-6 <= random_R).all()
+    assert (random_R < end_V[token_R] + 1e-6).all()
+    assert len(token_R.unique()) == (prob_V > 0).sum()
+
+
+def test_rows_that_have_ended_cost_nothing_more() -> None:
+    net = policy()
+    seen = Tokens(net)
+    stops = tuple(range(2, 12))
+    (samples,) = sampled(sampler(net, 60, stop=stops), [PROMPTS[0]], 40, 0)
+    rows = [rows for rows, columns in seen.shapes if columns == 1]
+    assert rows == sorted(rows, reverse=True)
+    assert rows[0] == 40
+    needed = sum(len(s.ids) for s in samples)
+    assert needed <= sum(rows) < 1.5 * needed < 40 * max(len(s.ids) for s in samples)
 
 
 # Models that wrap, and models without a cache that can be copied

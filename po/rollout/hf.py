@@ -1,7 +1,8 @@
-"""Sampling with the policy itself, by transformers' `generate`.
+"""Sampling with the policy itself.
 
-A prompt is computed once for all its samples: `generate` starts from copies of its keys and values. Models whose cache
-cannot be copied row by row (recurrent layers, or no cache at all) compute it once per sample.
+A prompt is computed once for all its samples, which start from copies of its keys and values (`decode`). Models whose
+cache cannot be copied row by row (recurrent layers, or no cache at all) go through transformers' `generate` and compute
+it once per sample.
 
 generate's own settings and those that a model ships with (`generation_config.json`: top_p, repetition penalties, ...)
 play no part: `Sampling` alone says how tokens are drawn.
@@ -12,17 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
-from inspect import signature
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessorList
 
 from po.errors import UserError
+from po.rollout.choose import Choose, Chosen
+from po.rollout.decode import copies, decode
 from po.rollout.sampler import Sampled, Sampling, counts
 
 
@@ -91,7 +91,7 @@ class HFSampler:
         return torch.Generator(self.device).manual_seed((seed * 1_000_003 + sample) % 2**63)
 
     def _settings(self) -> GenerationConfig:
-        """Always the likeliest token: what is drawn, `_Noise` decides."""
+        """Always the likeliest token: what is drawn, `Chosen` decides."""
         return GenerationConfig(
             do_sample=False,
             max_new_tokens=self.sampling.max_tokens,
@@ -99,88 +99,32 @@ class HFSampler:
             pad_token_id=self.pad_id,
         )
 
-    def _processors(self, record: _Record, noise: list[torch.Generator]) -> LogitsProcessorList:
-        s, found = self.sampling, LogitsProcessorList([record])
-        if s.temperature == 0:
-            return found
-        if s.temperature != 1:
-            found.append(TemperatureLogitsWarper(s.temperature))
-        if s.top_k:
-            found.append(TopKLogitsWarper(s.top_k))
-        if s.top_p < 1:
-            found.append(TopPLogitsWarper(s.top_p))
-        found.append(_Noise(noise))
-        return found
-
     def _generate(self, net: Any, prompts: list[tuple[int, ...]], noise: list[torch.Generator]) -> list[Sampled]:
         """One sample of each prompt, each with a generator; equal prompts stand together."""
         distinct = [p for p, _ in groupby(prompts)]
         of_row = torch.tensor([k for k, (_, same) in enumerate(groupby(prompts)) for _ in same], device=self.device)
-        width = len(prompts[-1])
+        width, choose = len(prompts[-1]), Choose(self.sampling, noise, self.device)
         padded = [[self.pad_id] * (width - len(p)) + list(p) for p in distinct]
         ids_NL = torch.tensor(padded, device=self.device)
         mask_NL = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in distinct], device=self.device)
-        start = {}
-        if width > 1 and copies(net):
-            start["past_key_values"] = _computed(net, ids_NL[:, :-1], mask_NL[:, :-1])
-            start["past_key_values"].batch_select_indices(of_row)
-        record = _Record(self.sampling.logp_temperature)
+        if copies(net):
+            drawn = decode(net, ids_NL, mask_NL, of_row, choose, self.stop_ids, self.sampling.max_tokens)
+            return [self._cut(*row) for row in zip(*(x.tolist() for x in drawn))]
+        chosen = Chosen(choose, width)
         out_BL = net.generate(
             input_ids=ids_NL[of_row],
             attention_mask=mask_NL[of_row],
             generation_config=net.generation_config,
-            logits_processor=self._processors(record, noise),
+            logits_processor=LogitsProcessorList([chosen]),
             synced_gpus=False,  # ZeRO-3's parameters are gathered
-            **start,
         )
         drawn_BT = out_BL[:, width:]
-        return [self._cut(*row) for row in zip(drawn_BT.tolist(), record.logps(drawn_BT).tolist())]
+        return [self._cut(*row) for row in zip(drawn_BT.tolist(), chosen.logps(drawn_BT.shape[1]).tolist())]
 
     def _cut(self, ids: list[int], logps: list[float]) -> Sampled:
         end = next((t for t, token in enumerate(ids) if token in self.stop_ids), None)
         size = len(ids) if end is None else end + 1
         return Sampled(tuple(ids[:size]), tuple(logps[:size]), end is not None)
-
-
-class _Record(LogitsProcessor):
-    """Log-probs of chosen tokens, each read when the next step shows what was chosen: one step's distribution at a time
-    is kept. It stands before temperature, top_k and top_p, so that these are whole distributions."""
-
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
-        self._chosen: list[Tensor] = []
-        self._last_BV: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._last_BV is not None:
-            self._read(input_ids[:, -1])
-        self._last_BV = (scores.float() / self._temperature).log_softmax(-1)
-        return scores
-
-    def _read(self, chosen_B: Tensor) -> None:
-        assert self._last_BV is not None
-        self._chosen.append(self._last_BV.gather(-1, chosen_B[:, None])[:, 0])
-
-    def logps(self, drawn_BT: Tensor) -> Tensor:
-        """(B, T), of what generate returned: it looks late whether all have ended, and takes later steps back."""
-        T = drawn_BT.shape[1]
-        if len(self._chosen) < T:
-            self._read(drawn_BT[:, -1])
-        return torch.stack(self._chosen[:T], 1)
-
-
-class _Noise(LogitsProcessor):
-    """Gumbel noise, so that the likeliest token is a draw from the softmax; of a generator for each row, so that a
-    sample depends on nothing else in its call."""
-
-    def __init__(self, generators: list[torch.Generator]) -> None:
-        self._generators = generators
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = [
-            torch.empty_like(s, dtype=torch.float32).exponential_(generator=g) for s, g in zip(scores, self._generators)
-        ]
-        return scores.float() - torch.stack(rows).clamp_min(1e-30).log()
 
 
 def bare(model: Any) -> Any:
@@ -196,25 +140,6 @@ def adapted(model: Any) -> Any:
         model = model.module
     assert hasattr(model, "disable_adapter"), f"{type(model).__name__} has no adapter to switch off"
     return model
-
-
-def copies(net: Any) -> bool:
-    """Whether generation can start from copies of a prompt's keys and values."""
-    if getattr(net, "_is_stateful", False) or not net._supports_default_dynamic_cache():
-        return False
-    layers = DynamicCache(config=net.config.get_text_config(decoder=True)).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-
-
-def _computed(net: Any, ids_NL: Tensor, mask_NL: Tensor) -> DynamicCache:
-    """The keys and values of left-padded prompts."""
-    accepts = signature(net.forward).parameters
-    call: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
-    if "position_ids" in accepts:
-        call["position_ids"] = (mask_NL.cumsum(-1) - 1).clamp_min(0)
-    cache = DynamicCache(config=net.config.get_text_config(decoder=True))
-    net(input_ids=ids_NL, attention_mask=mask_NL, past_key_values=cache, use_cache=True, **call)
-    return cache
 
 
 def _calls(
