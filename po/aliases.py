@@ -7,18 +7,10 @@ and `lora: {lora_r: 8}` both become `lora.r`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Move:
-    """Where a name went, how its value is written there, and what else the user should know."""
-
-    path: str
-    convert: Callable[[Any], Any] | None = None
-    remark: str = ""
+from po import aliases_online as online
+from po.moves import Loss, Move
 
 
 def _dtype(value: Any) -> Any:
@@ -97,6 +89,7 @@ MOVED: dict[str, Move] = {
     "optimizer": Move("train.optim"),
     "lr_scheduler": Move("train.lr_scheduler_type"),
     "auto_resume_from_checkpoints": Move("resume"),
+    **online.MOVED,
 }
 
 # Names that ask for what po does anyway, or that no longer mean anything: taken out, and said so.
@@ -130,6 +123,7 @@ DROPPED: dict[str, str] = {
     "bnb_4bit_compute_dtype": "po computes 4-bit layers in the model's dtype",
     "lora_task_type": "po trains causal language models",
     "strict": "po's recipes are always strict",
+    **online.DROPPED,
 }
 
 _SPLIT = "po does not split files at random: write the evaluation rows to a file of their own and name it at data.eval"
@@ -170,6 +164,7 @@ REFUSED: dict[str, str] = {
     "train_batch_size": "po counts per device: train.per_device_train_batch_size and gradient_accumulation_steps",
     "pure_bf16": "use `model: {dtype: bfloat16}`",
     "hf_hub_token": "put it into the environment variable HF_TOKEN: a recipe is copied into the run's folder",
+    **online.REFUSED,
 }
 
 # The few of the above that have a value which asks for what po does.
@@ -184,16 +179,8 @@ HARMLESS: dict[str, tuple[Any, ...]] = {
     "router_aux_loss_coef": (0.001,),
     "desirable_weight": (1.0,),
     "undesirable_weight": (1.0,),
+    **online.HARMLESS,
 }
-
-
-@dataclass(frozen=True)
-class Loss:
-    """A peer's loss as one of po's heads with the hyperparameters that make it the same, and where it still differs."""
-
-    head: str
-    fields: tuple[tuple[str, Any], ...] = ()
-    differs: str = ""
 
 
 SMOOTHING = "TRL 1.16 ignores label_smoothing and trains plain DPO; po applies it (conservative DPO)"
@@ -220,6 +207,7 @@ LOSSES: dict[str, Loss] = {
     "tpo-l": Loss("tpo_l", differs=_TOKENS),
     "cpo": Loss("cpo", differs=_TOKENS),
     "orpo": Loss("orpo", differs=_TOKENS),
+    **online.LOSSES,
 }
 
 # What people call a head's hyperparameter: (head, their name) -> ours.
@@ -245,9 +233,10 @@ HYPERPARAMETERS: dict[tuple[str, str], Move] = {
     ("tpo_triple", "tpo_alpha"): Move("alpha"),
     ("tpo_l", "tpo_alpha"): Move("alpha"),
     ("nca", "temperature_alpha"): Move("alpha", lambda t: 1 / t, "alpha is the inverse of the authors' temperature"),
+    **online.HYPERPARAMETERS,
 }
 
-# Top-level names that speak of the loss: what they say.
+# Top-level names that speak of the loss: what they say. Those of GRPO's clip are `po.recipe.grpo`'s.
 LOSS_KEYS: dict[str, str] = {
     "loss_type": "type",
     "pref_loss": "type",

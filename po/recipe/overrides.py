@@ -7,6 +7,7 @@ from typing import Any
 
 from po.aliases import HYPERPARAMETERS, LOSS_KEYS, MOVED
 from po.errors import UserError, suggest
+from po.recipe import grpo_loss
 from po.recipe.fields import shown
 from po.recipe.losses import Tree, spread
 from po.recipe.report import Report
@@ -38,8 +39,11 @@ def _flat(tree: Tree, key: str, value: Any, report: Report) -> None:
     if LOSS_KEYS.get(key) not in (None, "type", "weights", "sft") and tree.get("loss"):
         spread(tree["loss"], LOSS_KEYS[key], key, value, report, replace=True)
         return
+    if key in grpo_loss.CLIP and tree.get("loss"):
+        grpo_loss.clip(tree["loss"], {key: value}, False, report, replace=True)
+        return
     alone = Report("command line")
-    patch = canonical({key: value}, alone)
+    patch = canonical({key: value} | ({"rollout": {}} if tree.get("rollout") else {}), alone)
     report.problems += alone.problems
     report.origin |= {place: f"{how} on the command line" for place, how in alone.origin.items()}
     for note in alone.notes:

@@ -91,7 +91,7 @@ def _disable_dropout(tree: Tree, key: str, value: Any, said: Mapping[str, Any], 
 
 
 def _stage(tree: Tree, key: str, value: Any, said: Mapping[str, Any], report: Report) -> None:
-    if value in ("dpo", "sft"):
+    if value in ("dpo", "sft", "grpo"):
         if value == "sft" and tree.get("loss") is None:
             tree["loss"] = [{"head": "sft"}]
         report.note(f"{key}: {value} is said by `loss` in po")

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from po.aliases import DROPPED, HARMLESS, LOSS_KEYS, MOVED, REFUSED, Move
+from po.aliases import DROPPED, HARMLESS, LOSS_KEYS, MOVED, REFUSED
 from po.errors import suggest
-from po.recipe import arguments, losses
+from po.moves import Move
+from po.recipe import arguments, grpo, grpo_loss, losses, peers
 from po.recipe.fields import hints, shown
 from po.recipe.losses import OFF, Tree, listed
-from po.recipe.peers import HANDLERS
 from po.recipe.report import Report
 from po.recipe.text import Keys, show
 from po.spec import DataSpec, LoraSpec, ModelSpec, Recipe, RolloutSpec
 
 KEYS = tuple(hints(Recipe))
+HANDLERS = {**peers.HANDLERS, **grpo.HANDLERS}
 SECTIONS: dict[str, tuple[str, ...]] = {
     "model": tuple(hints(ModelSpec)),
     "lora": tuple(hints(LoraSpec)),
@@ -33,12 +34,14 @@ def canonical(raw: Mapping[str, Any], report: Report) -> Tree:
     for key, value in raw.items():
         if key in LOSS_KEYS:
             said[LOSS_KEYS[key]] = (key, value)
-        elif key not in KEYS and key not in HANDLERS and not _apply(tree, key, value, (), report):
+        elif key not in (*KEYS, *HANDLERS, *grpo_loss.CLIP) and not _apply(tree, key, value, (), report):
             _unknown(key, report)
     for key, handler in HANDLERS.items():
         if key in raw:
             handler(tree, key, raw[key], raw, report)
+    theirs = tree.get("loss") is None and grpo_loss.head(said, raw, report)
     losses.flat(tree, said, report)
+    grpo_loss.clip(tree.get("loss") or [], raw, theirs, report)
     return tree
 
 
@@ -84,7 +87,7 @@ def _unknown(key: str, report: Report) -> None:
     if key in places:
         report.wrong((key,), f"does not stand at the top level; write it as {places[key]}.")
         return
-    near = suggest(key, [*KEYS, *arguments.known(), *places, *MOVED, *LOSS_KEYS, *HANDLERS])
+    near = suggest(key, [*KEYS, *arguments.known(), *places, *MOVED, *LOSS_KEYS, *grpo_loss.CLIP, *HANDLERS])
     report.wrong((key,), f"unknown key.{near} A recipe has: {', '.join(KEYS)}.")
 
 
