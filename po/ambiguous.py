@@ -16,6 +16,10 @@ AMBIGUOUS: dict[str, tuple[tuple[str, str], ...]] = {
         ("dro_v", "Direct Reward Optimisation, Richemond et al. 2024"),
         ("", "distributionally robust optimization (Dr. DPO)"),
     ),
+    "gcpo": (
+        ("gcpo_gold", "GRPO with a gold answer where a whole group has failed, arXiv:2510.07790"),
+        ("grpo with the reward group_contrast", "Group Contrastive PO of GeometryZero, arXiv:2506.07160"),
+    ),
     "hypo": (
         ("hypo_kl", "DPO with an online KL term, Song et al. 2024"),
         ("hybrid_dpo", "Hybrid-DPO's clipped reference margin, arXiv:2602.11902"),
@@ -44,6 +48,12 @@ AMBIGUOUS: dict[str, tuple[tuple[str, str], ...]] = {
         ("rpo_sft", "Regularised PO: DPO and an SFT loss on the chosen response, Liu et al. 2024"),
         ("rpo_contrast", "Relative PO: contrast over different prompts, Yin et al. 2024"),
         ("", "Reward-aware PO"),
+    ),
+    "sdpo": (
+        ("hindsight", "self-distillation from the user's next message, logged conversations, arXiv:2603.12273"),
+        ("hindsight_online", "the same on fresh samples"),
+        ("sdft", "Self-Distilled Policy Optimization from feedback, arXiv:2601.20802; TRL's sdpo, sampled tokens"),
+        ("", "stepwise DPO (sDPO)"),
     ),
     "spo": (
         ("spo_degree", "self-supervised PO with preference degrees, arXiv:2409.17791"),

@@ -36,7 +36,7 @@ def test_po_heads_asks_too() -> None:
     assert str(error.value) == f"po heads: 'rpo' {RPO}"
 
 
-@pytest.mark.parametrize("name", ["mDPO", "r-dpo", "R_DPO", "IRPO", "apo"])
+@pytest.mark.parametrize("name", ["mDPO", "r-dpo", "R_DPO", "IRPO", "apo", "GCPO", "HyPO", "SDPO"])
 def test_spelling_does_not_matter(name: str) -> None:
     assert (which(name) or "").startswith(f"{name!r} is the name of ")
 
