@@ -316,6 +316,13 @@ def test_a_draw_is_the_inverse_of_the_cumulative_sum(vocabulary: int) -> None:
     assert len(token_R.unique()) == (prob_V > 0).sum()
 
 
+def test_responses_may_outgrow_the_room_that_keys_and_values_have() -> None:
+    net = policy(max_position_embeddings=512)
+    (samples,) = sampled(sampler(net, 300, stop=()), PROMPTS[:1], 2, 0)
+    assert [len(s.ids) for s in samples] == [300, 300]
+    torch.testing.assert_close(recorded(samples), scored(net, PROMPTS[0], samples), rtol=0, atol=1e-5)
+
+
 def test_rows_that_have_ended_cost_nothing_more() -> None:
     net = policy()
     seen = Tokens(net)

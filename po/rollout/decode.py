@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from po.rollout.choose import Choose
 
 _LOOK = 4  # steps between two looks at which rows have ended, for which a GPU must be waited for
+_ROOM = 128  # tokens that keys and values get room for at a time
 _ENDED = 8  # one row in so many must have ended before the keys and values of the others are copied
 
 
@@ -35,8 +36,9 @@ def decode(
     cache = DynamicCache(config=net.config.get_text_config(decoder=True))
     if ids_NL.shape[1] > 1:
         step(ids_NL[:, :-1], mask_NL[:, :-1], cache)
-        cache.batch_select_indices(of_row)
-        cache.layers = [_roomy(layer, most) for layer in cache.layers]
+        for i, layer in enumerate(cache.layers):
+            layer.batch_select_indices(of_row)
+            cache.layers[i] = _roomy(layer)
     row_R, last_R, mask_RL = torch.arange(len(of_row), device=ids_NL.device), ids_NL[of_row, -1], mask_NL[of_row]
     token_BT, logp_BT = last_R.new_zeros(len(of_row), most), torch.zeros(len(of_row), most, device=ids_NL.device)
     stop_E, ended_R = last_R.new_tensor(sorted(stops)), torch.zeros_like(row_R, dtype=torch.bool)
@@ -71,17 +73,17 @@ class _Step:
         return logits
 
 
-def _roomy(layer: Any, more: int) -> Any:
-    return _Roomy(layer, more) if type(layer) is DynamicLayer and layer.is_initialized else layer
+def _roomy(layer: Any) -> Any:
+    return _Roomy(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
 
 
 class _Roomy(DynamicLayer):
     """A layer's keys and values with room for those that follow: to grow them would copy all of them at every token."""
 
-    def __init__(self, layer: DynamicLayer, more: int) -> None:
+    def __init__(self, layer: DynamicLayer) -> None:
         super().__init__()
         self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._all = [pad(x, (0, 0, 0, more)) for x in (layer.keys, layer.values)]
+        self._all = [layer.keys, layer.values]
         self._show(layer.keys.shape[-2])
 
     def _show(self, size: int) -> None:
@@ -90,8 +92,10 @@ class _Roomy(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """These keys and values behind the others; all of them."""
         start, end = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
-        for x, new in zip(self._all, (key_states, value_states), strict=True):
-            x[:, :, start:end] = new
+        for i, new in enumerate((key_states, value_states)):
+            if end > self._all[i].shape[-2]:
+                self._all[i] = pad(self._all[i], (0, 0, 0, end - start + _ROOM))
+            self._all[i][:, :, start:end] = new
         self._show(end)
         return self.keys, self.values
 
