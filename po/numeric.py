@@ -88,6 +88,12 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float)
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
+def clip_ended(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """1 where the clip of clipped_surrogate has ended the gradient, else 0; of negative advantages, of positive."""
+    below, above = (ratio < 1 - low) & (advantage < 0), (ratio > 1 + high) & (advantage > 0)
+    return below.to(ratio.dtype), above.to(ratio.dtype)
+
+
 def k3(logp: Tensor, ref: Tensor) -> Tensor:
     """Schulman's estimate of KL(pi || ref) at samples of pi: ref/pi - log(ref/pi) - 1, never negative; the log-ratio is
     kept within +-20."""

@@ -28,7 +28,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, group_advantages, importance_ratio
+from po.numeric import clip_ended, clipped_surrogate, group_advantages, importance_ratio
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -50,11 +50,12 @@ class CAPO(Head):
         ratio_T = importance_ratio(x.policy_T, x.old_T)
         advantage_T = x.seg.spread(advantage_GK)
         loss_T = clipped_surrogate(ratio_T, advantage_T, self.epsilon_low, self.epsilon_high)
+        low_T, high_T = clip_ended(ratio_T, advantage_T, self.epsilon_low, self.epsilon_high)
         metrics = {
             "capo/kept": kept_GK,
             "capo/ratio": ratio_T.detach(),
-            "capo/clip_low": ((ratio_T < 1 - self.epsilon_low) & (advantage_T < 0)).to(ratio_T.dtype),
-            "capo/clip_high": ((ratio_T > 1 + self.epsilon_high) & (advantage_T > 0)).to(ratio_T.dtype),
+            "capo/clip_low": low_T,
+            "capo/clip_high": high_T,
             "capo/zero_std": (advantage_GK == 0).all(-1).to(ratio_T.dtype),
         }
         return HeadOutput(kept_GK * x.seg.mean(loss_T * x.correction_T), metrics)

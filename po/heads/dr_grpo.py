@@ -28,7 +28,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, group_advantages, importance_ratio
+from po.numeric import clip_ended, clipped_surrogate, group_advantages, importance_ratio
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -46,10 +46,11 @@ class DrGRPO(Head):
         A_T = x.seg.spread(A_GK)
         ratio_T = importance_ratio(x.policy_T, x.old_T).clamp(max=self.delta)
         loss_T = x.correction_T * clipped_surrogate(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
+        low_T, high_T = clip_ended(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
         metrics = {
             "dr_grpo/ratio": ratio_T.detach(),
-            "dr_grpo/clip_low": ((ratio_T < 1 - self.epsilon_low) & (A_T < 0)).to(ratio_T.dtype),
-            "dr_grpo/clip_high": ((ratio_T > 1 + self.epsilon_high) & (A_T > 0)).to(ratio_T.dtype),
+            "dr_grpo/clip_low": low_T,
+            "dr_grpo/clip_high": high_T,
             "dr_grpo/zero_std": (A_GK == 0).all(-1).to(ratio_T.dtype),
         }
         return HeadOutput(x.seg.sum(loss_T) / self.max_completion_length, metrics)

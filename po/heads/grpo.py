@@ -30,7 +30,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, group_advantages, importance_ratio
+from po.numeric import clip_ended, clipped_surrogate, group_advantages, importance_ratio
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -49,10 +49,11 @@ class GRPO(Head):
         A_T = x.seg.spread(A_GK)
         ratio_T = importance_ratio(x.policy_T, x.old_T).clamp(max=self.delta)
         loss_T = x.correction_T * clipped_surrogate(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
+        low_T, high_T = clip_ended(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
         metrics = {
             "grpo/ratio": ratio_T.detach(),
-            "grpo/clip_low": ((ratio_T < 1 - self.epsilon_low) & (A_T < 0)).to(ratio_T.dtype),
-            "grpo/clip_high": ((ratio_T > 1 + self.epsilon_high) & (A_T > 0)).to(ratio_T.dtype),
+            "grpo/clip_low": low_T,
+            "grpo/clip_high": high_T,
             "grpo/zero_std": (A_GK == 0).all(-1).to(ratio_T.dtype),
         }
         return HeadOutput(x.seg.mean(loss_T), metrics)

@@ -29,7 +29,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt, Le
 
-from po.numeric import clipped_surrogate, importance_ratio, masked_center
+from po.numeric import clip_ended, clipped_surrogate, importance_ratio, masked_center
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -46,9 +46,10 @@ class GRPO2(Head):
         A_T = x.seg.spread(A_GK)
         ratio_T = importance_ratio(x.policy_T, x.old_T)
         loss_T = x.correction_T * clipped_surrogate(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
+        low_T, high_T = clip_ended(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
         metrics = {
-            "grpo2/clip_low": ((ratio_T < 1 - self.epsilon_low) & (A_T < 0)).to(ratio_T.dtype),
-            "grpo2/clip_high": ((ratio_T > 1 + self.epsilon_high) & (A_T > 0)).to(ratio_T.dtype),
+            "grpo2/clip_low": low_T,
+            "grpo2/clip_high": high_T,
             "grpo2/agree": ((A_GK == 0).all(-1) & two_G1[:, 0]).to(ratio_T.dtype),
             "grpo2/other_size": (~two_G1[:, 0]).to(ratio_T.dtype),
         }

@@ -29,7 +29,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, group_advantages, importance_ratio, k3
+from po.numeric import clip_ended, clipped_surrogate, group_advantages, importance_ratio, k3
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -58,11 +58,12 @@ class GRPOKL(Head):
         ratio_T = importance_ratio(x.policy_T, x.old_T).clamp(max=self.delta)
         loss_T = x.correction_T * clipped_surrogate(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
         kl_T = k3(x.policy_T, x.ref_T)
+        low_T, high_T = clip_ended(ratio_T, A_T, self.epsilon_low, self.epsilon_high)
         metrics = {
             "grpo_kl/kl": kl_T.detach(),
             "grpo_kl/ratio": ratio_T.detach(),
-            "grpo_kl/clip_low": ((ratio_T < 1 - self.epsilon_low) & (A_T < 0)).to(ratio_T.dtype),
-            "grpo_kl/clip_high": ((ratio_T > 1 + self.epsilon_high) & (A_T > 0)).to(ratio_T.dtype),
+            "grpo_kl/clip_low": low_T,
+            "grpo_kl/clip_high": high_T,
             "grpo_kl/zero_std": (A_GK == 0).all(-1).to(ratio_T.dtype),
         }
         return HeadOutput(x.seg.mean(loss_T + self.beta * kl_T), metrics)

@@ -28,7 +28,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, group_advantages, importance_ratio
+from po.numeric import clip_ended, clipped_surrogate, group_advantages, importance_ratio
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -45,10 +45,11 @@ class GSPO(Head):
         A_GK = group_advantages(x.reward_GK, x.seg.valid_GK, self.scale, self.eps)
         ratio_GK = importance_ratio(x.seg.mean(x.policy_T - x.old_T), x.policy_T.new_zeros(()))
         loss_GK = clipped_surrogate(ratio_GK, A_GK, self.epsilon_low, self.epsilon_high)
+        low_GK, high_GK = clip_ended(ratio_GK, A_GK, self.epsilon_low, self.epsilon_high)
         metrics = {
             "gspo/ratio": ratio_GK.detach(),
-            "gspo/clip_low": ((ratio_GK < 1 - self.epsilon_low) & (A_GK < 0)).to(ratio_GK.dtype),
-            "gspo/clip_high": ((ratio_GK > 1 + self.epsilon_high) & (A_GK > 0)).to(ratio_GK.dtype),
+            "gspo/clip_low": low_GK,
+            "gspo/clip_high": high_GK,
             "gspo/zero_std": (A_GK == 0).all(-1).to(ratio_GK.dtype),
         }
         return HeadOutput(x.seg.mean(x.correction_T) * loss_GK, metrics)

@@ -25,7 +25,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt, Le
 
-from po.numeric import clipped_surrogate, importance_ratio
+from po.numeric import clip_ended, clipped_surrogate, importance_ratio
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -42,6 +42,6 @@ class HindsightOnline(Head):
         A_T = signal_T - x.seg.spread(x.seg.mean(signal_T))
         ratio_T = importance_ratio(x.policy_T, x.old_T)
         loss_T = x.correction_T * clipped_surrogate(ratio_T, A_T, self.epsilon, self.epsilon)
-        ended_T = ((ratio_T < 1 - self.epsilon) & (A_T < 0)) | ((ratio_T > 1 + self.epsilon) & (A_T > 0))
-        metrics = {"hindsight_online/signal": signal_T, "hindsight_online/clip": ended_T.to(signal_T.dtype)}
+        low_T, high_T = clip_ended(ratio_T, A_T, self.epsilon, self.epsilon)
+        metrics = {"hindsight_online/signal": signal_T, "hindsight_online/clip": low_T + high_T}
         return HeadOutput(x.seg.mean(loss_T), metrics)

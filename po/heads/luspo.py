@@ -29,7 +29,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, group_advantages, importance_ratio
+from po.numeric import clip_ended, clipped_surrogate, group_advantages, importance_ratio
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -46,10 +46,11 @@ class LUSPO(Head):
         A_GK = group_advantages(x.reward_GK, x.seg.valid_GK, self.scale, self.eps)
         ratio_GK = importance_ratio(x.seg.mean(x.policy_T - x.old_T), x.policy_T.new_zeros(()))
         loss_GK = clipped_surrogate(ratio_GK, A_GK, self.epsilon_low, self.epsilon_high)
+        low_GK, high_GK = clip_ended(ratio_GK, A_GK, self.epsilon_low, self.epsilon_high)
         metrics = {
             "luspo/ratio": ratio_GK.detach(),
-            "luspo/clip_low": ((ratio_GK < 1 - self.epsilon_low) & (A_GK < 0)).to(ratio_GK.dtype),
-            "luspo/clip_high": ((ratio_GK > 1 + self.epsilon_high) & (A_GK > 0)).to(ratio_GK.dtype),
+            "luspo/clip_low": low_GK,
+            "luspo/clip_high": high_GK,
             "luspo/zero_std": (A_GK == 0).all(-1).to(ratio_GK.dtype),
         }
         return HeadOutput(x.seg.sum(x.correction_T) * loss_GK, metrics)

@@ -31,7 +31,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, group_advantages, importance_ratio
+from po.numeric import clip_ended, clipped_surrogate, group_advantages, importance_ratio
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -63,11 +63,11 @@ class PiDistill(Head):
         of_teacher_T = seg.spread(gain_T_GK) + self.beta * gap_T * teacher_T
         of_student_T = seg.spread(gain_S_GK) + self.beta * (teacher_T.detach() - student_T)
         loss_T = x.correction_T * (self.alpha * of_teacher_T + (1 - self.alpha) * of_student_T)
-        ended_GK = ((ratio_S_GK < 1 - self.epsilon) & (A_GK < 0)) | ((ratio_S_GK > 1 + self.epsilon) & (A_GK > 0))
+        low_GK, high_GK = clip_ended(ratio_S_GK, A_GK, self.epsilon, self.epsilon)
         metrics = {
             "pi_distill/kl": gap_T,
             "pi_distill/teacher_ratio": ratio_T_GK.detach(),
             "pi_distill/student_ratio": ratio_S_GK.detach(),
-            "pi_distill/student_clip": ended_GK.to(gap_T.dtype),
+            "pi_distill/student_clip": low_GK + high_GK,
         }
         return HeadOutput(seg.mean(loss_T), metrics)

@@ -32,7 +32,7 @@ import torch
 from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
-from po.numeric import clipped_surrogate, importance_ratio, later_sums, whiten
+from po.numeric import clip_ended, clipped_surrogate, importance_ratio, later_sums, whiten
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -88,11 +88,12 @@ class PPO(Head):
             policy_T = torch.where(advantage_T < 0, policy_T.minimum(-self.c * advantage_T), policy_T)
         near_T = old_value_T + (value_T - old_value_T).clamp(-self.epsilon_value, self.epsilon_value)
         miss_T = torch.maximum((value_T - return_T) ** 2, (near_T - return_T) ** 2) / 2
+        low_T, high_T = clip_ended(ratio_T, advantage_T, self.epsilon_low, self.epsilon_high)
         metrics = {
             "ppo/kl": kl_T,
             "ppo/ratio": ratio_T.detach(),
-            "ppo/clip_low": ((ratio_T < 1 - self.epsilon_low) & (advantage_T < 0)).to(ratio_T.dtype),
-            "ppo/clip_high": ((ratio_T > 1 + self.epsilon_high) & (advantage_T > 0)).to(ratio_T.dtype),
+            "ppo/clip_low": low_T,
+            "ppo/clip_high": high_T,
             "ppo/return": return_T,
             "ppo/value": value_T.detach(),
             "ppo/value_loss": miss_T.detach(),

@@ -29,7 +29,7 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from annotated_types import Ge, Gt, Le
 
-from po.numeric import clipped_surrogate, importance_ratio, later_sums, masked_center, whiten
+from po.numeric import clip_ended, clipped_surrogate, importance_ratio, later_sums, masked_center, whiten
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -62,11 +62,12 @@ class ReinforcePP(Head):
         advantage_T = whiten(return_T, x.seg.spread(valid_GK), unbiased=self.variance == "unbiased")
         ratio_T = importance_ratio(x.policy_T, x.old_T)
         loss_T = clipped_surrogate(ratio_T, advantage_T, self.epsilon_low, self.epsilon_high)
+        low_T, high_T = clip_ended(ratio_T, advantage_T, self.epsilon_low, self.epsilon_high)
         metrics = {
             "reinforce_pp/return": return_T,
             "reinforce_pp/kl": kl_T,
             "reinforce_pp/ratio": ratio_T.detach(),
-            "reinforce_pp/clip_low": ((ratio_T < 1 - self.epsilon_low) & (advantage_T < 0)).to(ratio_T.dtype),
-            "reinforce_pp/clip_high": ((ratio_T > 1 + self.epsilon_high) & (advantage_T > 0)).to(ratio_T.dtype),
+            "reinforce_pp/clip_low": low_T,
+            "reinforce_pp/clip_high": high_T,
         }
         return HeadOutput(loss_T * x.correction_T, metrics)

@@ -22,7 +22,7 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Gt, Le
 
-from po.numeric import clipped_surrogate, importance_ratio, leave_one_out
+from po.numeric import clip_ended, clipped_surrogate, importance_ratio, leave_one_out
 from po.types import Head, HeadInput, HeadOutput, Needs
 
 
@@ -37,9 +37,10 @@ class RLOORefFree(Head):
         advantage_GK = leave_one_out(x.reward_GK, x.seg.valid_GK)
         ratio_GK = importance_ratio(x.seg.sum(x.policy_T - x.old_T), x.policy_T.new_zeros(()))
         loss_GK = clipped_surrogate(ratio_GK, advantage_GK, self.epsilon_low, self.epsilon_high)
+        low_GK, high_GK = clip_ended(ratio_GK, advantage_GK, self.epsilon_low, self.epsilon_high)
         metrics = {
             "rloo_ref_free/ratio": ratio_GK.detach(),
-            "rloo_ref_free/clip_low": ((ratio_GK < 1 - self.epsilon_low) & (advantage_GK < 0)).to(ratio_GK.dtype),
-            "rloo_ref_free/clip_high": ((ratio_GK > 1 + self.epsilon_high) & (advantage_GK > 0)).to(ratio_GK.dtype),
+            "rloo_ref_free/clip_low": low_GK,
+            "rloo_ref_free/clip_high": high_GK,
         }
         return HeadOutput(loss_GK * x.seg.mean(x.correction_T), metrics)
