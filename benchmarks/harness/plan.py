@@ -33,10 +33,14 @@ FAMILIES: Mapping[str, tuple[str, ...]] = {
         *("aot", "aot_unpaired"),
     ),
     "Pairs: discovered losses": ("discopop", "dbaql", "aql", "aqfl", "padll", "cell", "pfl"),
-    "Token level, distillation": ("tdpo1", "tdpo2", "sparsepo", "mapo", "bmc", "dckd", "adpa", "neg_distill"),
+    "Token level, distillation": ("tdpo1", "tdpo2", "sparsepo", "mapo", "bmc", "dckd", "adpa", "neg_distill", "gjsd"),
     "Without a reference": ("simpo", "alphapo", "orpo", "cpo", "slic", "tpo_triple", "tpo_l", "redi"),
     "Sets": (
         *("infonca", "nca", "mpo_multi", "ampo", "refa", "plackett_luce", "ranklist", "irpo_incontext", "exo_rw"),
+    ),
+    "Policy gradient, on stored answers": (
+        *("grpo", "grpo_kl", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "vespo", "capo", "nft"),
+        *("rloo", "rloo_ref_free", "reinforce_pp", "ppo", "copg"),
     ),
     "Scalar rewards": ("dro_v", "a_lol", "a_lol_seq", "a_lol_kl", "a_lol_ref_free"),
     "Labelled groups": ("mdpo_multisample", "mipo_multisample", "pmpo", "d2o", "hypo_kl", "selm", "spo_degree", "sspo"),
@@ -58,7 +62,13 @@ def family(name: str) -> str:
 
 def unfed(name: str) -> str | None:
     """Why the sandbox's rows cannot feed a head, or None."""
-    missing = [c for c in HEADS[name].needs.columns if c not in COLUMNS]
+    needs = HEADS[name].needs
+    if name == "grpo2":
+        return "compares exactly two answers, and the sandbox's sets have more"
+    if needs.privileged:
+        return "no prompt of the sandbox knows more than another"
+    columns = (*needs.columns, *needs.response_columns, *needs.token_columns)
+    missing = [c for c in columns if c not in COLUMNS]
     return f"no way to derive its column {missing[0]!r} from scored answers" if missing else None
 
 
