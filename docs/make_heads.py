@@ -91,10 +91,11 @@ def row(name: str, needs: Needs, said: dict[str, str]) -> str:
     wants += [f"a number `{column}` per row" for column in needs.columns]
     wants += [f"a number `{column}` per response" for column in needs.response_columns]
     wants += [f"a number `{column}` per token" for column in needs.token_columns]
+    data = "sets of K >= 1" if needs.single else DATA[needs.layout]
     cells = (
         f"[`{name}`](#{name})",
         citation(said["Paper"]),
-        " with ".join([DATA[needs.layout], *([" and ".join(wants)] if wants else [])]),
+        " with ".join([data, *([" and ".join(wants)] if wants else [])]),
         needs.unit,
         ("yes, not cached" if needs.token_kl or needs.hidden == "ref" else "yes") if needs.reference else "no",
         said["Length"].rstrip("."),

@@ -58,7 +58,8 @@ def _default(value: object) -> str:
 
 
 def _needs(needs: Needs) -> str:
-    lines = [f"rows: {_LAYOUTS[needs.layout]}", f"averaged over: {needs.unit}s"]
+    rows = "sets of K >= 1 responses, taken one by one" if needs.single else _LAYOUTS[needs.layout]
+    lines = [f"rows: {rows}", f"averaged over: {needs.unit}s"]
     wants = {
         "reference log-probs (`reference:`)": needs.reference,
         "a reward on every response": needs.reward,
@@ -71,7 +72,8 @@ def _needs(needs: Needs) -> str:
         "an embedding of every response": needs.embedding,
         "an embedding of every prompt": needs.prompt_embedding,
         "another row's response after each prompt": needs.mismatch,
-        "the same responses after the row's privileged prompt": needs.privileged,
+        "the same responses after the row's privileged prompt (`privileged_prompt`)": needs.privileged,
+        "how much of the run is done": needs.progress,
         f"row columns: {', '.join(needs.columns)}": bool(needs.columns),
         f"columns of each response: {', '.join(needs.response_columns)}": bool(needs.response_columns),
         f"columns of each token: {', '.join(needs.token_columns)}": bool(needs.token_columns),
