@@ -19,6 +19,7 @@ from test_rollouts_ranks import journals
 
 from po.callbacks import Watchdog
 from po.recipe import load
+from po.rollout.draw import Draw, Place
 from po.run import build
 
 ZERO2, ZERO3 = ("deepspeed=zero2",), ("deepspeed=zero3",)
@@ -27,7 +28,6 @@ ZERO2, ZERO3 = ("deepspeed=zero2",), ("deepspeed=zero3",)
 def attack(point: str, rank: int) -> None:
     """Have one rank killed by the kernel: in the second round, in the last of 8 steps, or in the save of step 6."""
     from po import checkpoint
-    from po.rollout.draw import Draw
     from po.rollout.journal import Journal
     from po.trainer import POTrainer
 
@@ -86,7 +86,9 @@ class World:
         self._whole: dict[tuple[Any, ...], Path] = {}
         self._jobs: list[Job] = []
 
-    def job(self, out: str, head: str, words: tuple[str, ...], ranks: int, point: str = "", rank: int = 0) -> Job:
+    def job(
+        self, out: str, head: str, words: tuple[str, ...], ranks: int, point: str = "", rank: int = 0, epochs: int = 1
+    ) -> Job:
         """14 prompts, 4 a step and 8 a round that is taken twice: 8 steps, with checkpoints at 3 and 6, in the
         middle of both rounds. A call of the sampler has 2 groups."""
         recipe = online(
@@ -108,6 +110,7 @@ class World:
                 "gradient_accumulation_steps": 2,
                 "save_strategy": "steps",
                 "save_steps": 3,
+                "num_train_epochs": epochs,
             },
         )
         launched = ranks if ranks > 1 or words else 0
@@ -119,11 +122,11 @@ class World:
         """Of a run that nobody has made yet."""
         return f"run-{len(self._jobs)}"
 
-    def whole(self, head: str, words: tuple[str, ...], ranks: int) -> Path:
-        key = (head, words, ranks)
+    def whole(self, head: str, words: tuple[str, ...], ranks: int, epochs: int = 1) -> Path:
+        key = (head, words, ranks, epochs)
         if key not in self._whole:
             out = f"whole-{len(self._whole)}"
-            job = self.job(out, head, words, ranks)
+            job = self.job(out, head, words, ranks, epochs=epochs)
             assert job.wait() == [0] * ranks, job.said
             self._whole[key] = self.folder / out
         return self._whole[key]
@@ -199,20 +202,41 @@ def test_killed_then_resumed(killed_world: World, head: str, words, ranks: int, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "ranks"), [((), 1), (ZERO2, 2)])
 def test_killed_again_and_again(killed_world: World, words: tuple[str, ...], ranks: int) -> None:
-    """A kill after every new line of a journal or of the log, whatever is being done then."""
-    whole, out = killed_world.whole("grpo", words, ranks), killed_world.name()
+    """A kill after every new line of a journal or of the log, whatever is being done then; two epochs."""
+    whole, out = killed_world.whole("grpo", words, ranks, epochs=2), killed_world.name()
     run = killed_world.folder / out
-    for _ in range(12):
+    for _ in range(16):
         before = _sizes(run)
-        job = killed_world.job(out, "grpo", (*words, "resume=true"), ranks)
+        job = killed_world.job(out, "grpo", (*words, "resume=true"), ranks, epochs=2)
         while job.ranks[0].exitcode is None and _sizes(run) == before:
             time.sleep(0.005)
         job.kill()
         if job.ranks[0].exitcode == 0:
             break
-    job = killed_world.job(out, "grpo", (*words, "resume=true"), ranks)
+    job = killed_world.job(out, "grpo", (*words, "resume=true"), ranks, epochs=2)
     assert job.wait() == [0] * ranks, job.said
     assert_same(run, whole, ranks)
+
+
+def test_a_call_that_a_kill_cut_is_made_with_the_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other prompts in the call would round the missing sample's log-probs otherwise; what is there stays."""
+    calls: list[list[Place]] = []
+    draw = Draw.__call__
+    monkeypatch.setattr(Draw, "__call__", lambda self, p, at, *a: (calls.append(list(at)), draw(self, p, at, *a))[1])
+    for out in ("whole", "cut"):
+        recipe = online(tmp_path, out=out, rollout={"sequences_per_call": 8}, train={"max_steps": 1})
+        job = build(load(recipe)[0])
+        job.trainer.train()
+        assert [[p.place for p in call] for call in calls] == [[0, 1], [2, 3]]
+        calls.clear()
+    journal = tmp_path / "cut/rollouts/rank0.jsonl"
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(lines[:3]))
+    recipe.write_text(recipe.read_text() + "resume: true\n")
+    job.lock.release()
+    build(load(recipe)[0]).trainer.train()
+    assert [[p.place for p in call] for call in calls] == [[2, 3]]
+    assert journal.read_text().splitlines(keepends=True) == lines
 
 
 def test_a_long_round_is_not_taken_for_a_stall(tmp_path: Path) -> None:
