@@ -133,9 +133,7 @@ class Rollouts:
         return {p: Written.from_json(self._journal.read((p.round, p.place))) for p in places}
 
     def _drawn(self, prompts: Sequence[Example], places: Sequence[Place], samples: int | None = None) -> list[Written]:
-        """Whatever rewards do to the random state, the step's dropout is what it is when the journal has the groups."""
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            made = self._draw(prompts, places, samples)
+        made = self._draw(prompts, places, samples)
         self.moved()
         return made
 
@@ -200,14 +198,19 @@ class Rollouts:
 
     def evaluate(self, model: nn.Module, prompts: Sequence[Example]) -> Iterable[Metric]:
         """Rewards of one sample for each prompt, this rank's share of them; not kept."""
+        return group_metrics(self.samples(model, prompts), self.spec)
+
+    def samples(self, model: nn.Module, prompts: Sequence[Example], n: int = 1) -> list[Written]:
+        """n rewarded samples for each prompt, this rank's share of them; the same whenever it is asked of the same
+        weights. Not kept."""
         self._draw.update(model)
         mine = list(range(rank(), len(prompts), ranks()))
         found: list[Written] = []
-        size = self.spec.sequences_per_call
-        for n in range(max(gather(-(-len(mine) // size)))):
-            some = mine[n * size : (n + 1) * size]
-            found += self._drawn([prompts[k] for k in some], [Place(-1, k, k) for k in some], samples=1)
-        return group_metrics(found, self.spec)
+        size = max(1, self._at_once() // n)
+        for i in range(max(gather(-(-len(mine) // size)))):
+            some = mine[i * size : (i + 1) * size]
+            found += self._drawn([prompts[k] for k in some], [Place(-1, k, k) for k in some], n)
+        return found
 
 
 def _places(number: int, micro: Micro) -> list[Place]:
