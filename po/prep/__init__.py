@@ -1,0 +1,1 @@
+"""What people have -> rows worth training on: the work behind the scripts of data_prep/."""
