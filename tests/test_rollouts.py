@@ -356,6 +356,10 @@ def test_samples_of_another_recipe_are_not_taken_over(tmp_path: Path, run: Calla
         ),
         ({"rollout": {"rewards": [{"url": "http://host/x?api_key=1"}]}}, "name that at options.token_env"),
         ({"loss": {"head": "grpo2"}}, "head 'grpo2' compares exactly 2 responses"),
+        (
+            {"loss": {"head": "reinforce_pp", "baseline": "group"}, "rollout": {"num_generations": 1}},
+            "head 'reinforce_pp' compares responses; sample at least 2 of each prompt",
+        ),
         ({"loss": {"head": "dr_grpo"}}, "divides by max_completion_length 256, and rollout.max_completion_length is 8"),
         ({"loss": {"head": "pi_distill"}}, "head 'pi_distill' is for samples from 'privileged'"),
     ],

@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 from po.recipe.report import Report
 from po.rewards import reward_name
 from po.spec import Recipe, RolloutSpec
-from po.types import Head, Needs
+from po.types import Head
 
 SAMPLED = ("gold", "from_reference")  # response columns that rollouts know, besides each reward's own
 _NOT_SAMPLED = {
@@ -113,7 +113,7 @@ def _heads(recipe: Recipe, spec: RolloutSpec, report: Report) -> None:
         _own(term.head, name, spec, report)
         reads_rewards |= needs.reward or needs.layout == "pair"
         reads_labels |= needs.label or needs.layout in ("unpaired", "labelled")
-        if _compares(needs) and spec.num_generations + spec.own_responses < 2:
+        if _compares(term.head) and spec.num_generations + spec.own_responses < 2:
             report.wrong(
                 ("rollout", "num_generations"), f"head {name!r} compares responses; sample at least 2 of each prompt."
             )
@@ -155,8 +155,9 @@ def _own(head: Head, name: str, spec: RolloutSpec, report: Report) -> None:
         )
 
 
-def _compares(needs: Needs) -> bool:
-    return needs.layout in ("pair", "set") and not needs.single
+def _compares(head: Head) -> bool:
+    by_group = getattr(head, "baseline", "none") == "group"  # reinforce_pp
+    return head.needs.layout in ("pair", "set") and (by_group or not head.needs.single)
 
 
 def _reference(recipe: Recipe, given: Mapping[str, Any], spec: RolloutSpec, report: Report) -> Recipe:
