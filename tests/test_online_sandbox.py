@@ -54,7 +54,8 @@ def test_there_are_four_recipes() -> None:
 def test_recipe_from_training_to_report(path: Path, sandbox: Sandbox, tmp_path: Path) -> None:
     """Two steps of it on a smaller sandbox: the adapter moves, exports, and is reported."""
     words = [f"model.name_or_path={sandbox.model}", f"data.train={sandbox.train}", f"data.eval={sandbox.eval}"]
-    words += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'data'}", "train.max_steps=2", "data.max_length=256"]
+    words += [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'data'}"]
+    words += ["train.max_steps=2", "data.max_length=256"]
     words += ["train.per_device_train_batch_size=4", "train.eval_steps=2", "train.logging_steps=1"]
     words += [f"reference.cache_dir={tmp_path / 'ref'}"] if "offpolicy" in path.stem else []
     train(*load(path, words))
