@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from po.ref_kinds import Reference
 from po.reference import build_reference
 from po.rollout.assemble import build_rollouts, rewards_of
 from po.sharing import problem, share
-from po.spec import Recipe
+from po.spec import Recipe, RolloutSpec
 from po.trackers import SafeTrackers
 from po.trainer import POTrainer
 from po.zero import stage
@@ -173,8 +173,15 @@ def _meta(recipe: Recipe, data: Data, args: Any) -> dict[str, Any]:
         "lora": repr(recipe.lora),
         "zero_stage": stage(recipe.deepspeed),
         "schedule": {k: str(recipe.train.get(k)) for k in _SCHEDULE},
-        **({} if recipe.rollout is None else {"rollout": repr(recipe.rollout)}),
+        **({} if recipe.rollout is None else {"rollout": _what_decides(recipe.rollout)}),
     }
+
+
+def _what_decides(rollout: RolloutSpec) -> str:
+    """A rollout section without what may change between two halves of a run: where a server is, how long is waited for
+    rewards, how many may fail."""
+    rewards = tuple(replace(r, timeout=1.0) for r in rollout.rewards)
+    return repr(replace(rollout, rewards=rewards, server=rollout.server and "server", max_unscored=0.0))
 
 
 def _write_run_files(folder: Path, recipe: Recipe, data: Data) -> None:

@@ -421,6 +421,7 @@ import deepspeed, torch
 sys.path.insert(0, {tests!r})
 from test_rollout_sampler import PROMPTS, lora, policy, sampled, sampler
 from po.forest import pad
+from po.hardening import keep_shm_clean
 from po.logprob import score
 
 def steps(between):
@@ -450,6 +451,7 @@ def steps(between):
 
 rank = 0
 if {zero}:
+    keep_shm_clean()
     deepspeed.init_distributed()
     rank = torch.distributed.get_rank()
 found = {{"sampling": steps(True), "not": steps(False)}}
