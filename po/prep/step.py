@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,15 @@ def run_step(
     max_bad: float = 0.0,
     force: bool = False,
     batch_work: BatchWork | None = None,
-    batch: int = 64,
+    batch: int | Callable[[Record], object] = 64,
 ) -> StepReport:
     """Do `work` on each record, in order, and write its rows to `output`.
 
     options: all that decides the bytes beside the input; a partial output made with others is refused.
     batch_work: instead of `work`, takes `batch` records at once in this process and returns as many outcomes (models,
-    servers). Records that cannot be read reach neither. Raises UserError for a wrong call, and where more rows are bad
-    than `max_bad` allows (a share below 1, a count from 1 on); then the output stays partial, and running again with a
-    higher one redoes nothing.
+    servers); where `batch` is a function, adjacent records of the same key. Records that cannot be read reach neither.
+    Raises UserError for a wrong call, and where more rows are bad than `max_bad` allows (a share below 1, a count from
+    1 on); then the output stays partial, and running again with a higher one redoes nothing.
     """
     if (work is None) == (batch_work is None):
         raise ValueError("expected either work or batch_work")
@@ -135,10 +135,16 @@ def _work_chunk(records: list[Record]) -> list[Outcome]:
     return [_unreadable(r) or _WORKER[0](r) for r in records]
 
 
-def _batches(records: Iterator[Record], work: BatchWork | None, batch: int) -> Iterator[Group]:
+def _batches(
+    records: Iterator[Record], work: BatchWork | None, batch: int | Callable[[Record], object]
+) -> Iterator[Group]:
     """Outcomes of whole batches, so that a resumed step makes the same batches."""
     assert work is not None
-    while chunk := list(islice(records, batch)):
+    if isinstance(batch, int):
+        chunks = iter(lambda: list(islice(records, batch)), [])
+    else:
+        chunks = (list(same) for _, same in groupby(records, batch))
+    for chunk in chunks:
         fine = [r for r in chunk if r.data is not None]
         done = dict(zip((r.where for r in fine), work(fine) if fine else (), strict=True))
         yield [(r, _unreadable(r) or done[r.where]) for r in chunk]
