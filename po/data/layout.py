@@ -103,7 +103,7 @@ def _arrange_pairs(
         sets += 1
         score = e.reward if e.reward is not None else e.label
         assert score is not None, "check_needs refuses rows without rewards or labels"
-        wanted = _pairs(e, score, rule, seed)
+        wanted = pairs_of(score, rule, partial(_draw, e, seed=seed))
         found = [(a, b) for a, b in wanted if score[a] > score[b] and e.response_ids[a] != e.response_ids[b]]
         wide = [(a, b) for a, b in found if margin is None or score[a] - score[b] >= margin]
         ties, near, derived = ties + len(wanted) - len(found), near + len(found) - len(wide), derived + len(wide)
@@ -115,15 +115,18 @@ def _arrange_pairs(
     return items, "; ".join(said) or "no rows"
 
 
-def _pairs(e: Example, score: Sequence[float], rule: PairRule, seed: int) -> Pairs:
-    """Candidate pairs of a set, ties among them: what is wanted, not yet what is distinct."""
+def pairs_of(score: Sequence[float], rule: PairRule, lot: Callable[[int], bytes]) -> Pairs:
+    """Candidate pairs of a set, ties among them: what is wanted, not yet what is distinct.
+
+    lot: what best_vs_random draws by, for each response; the least wins.
+    """
     order = sorted(range(len(score)), key=lambda k: -score[k])  # stable: the first among equals
     match rule:
         case "best_vs_worst":
             return [(order[0], order[-1])]
         case "best_vs_random":
             worse = [k for k in order if score[k] < score[order[0]]] or [order[-1]]
-            return [(order[0], min(worse, key=lambda k: _draw(e, k, seed)))]
+            return [(order[0], min(worse, key=lot))]
         case "adjacent":
             return list(pairwise(order))
         case "all" | "margin":
