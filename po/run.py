@@ -227,7 +227,7 @@ def check(recipe: Recipe) -> str:
         rewards_of(recipe, data.train.examples, tokenizer, "cpu", models=False).close()
     args = recipe.train
     batch = int(args.get("per_device_train_batch_size", 8)) * int(args.get("gradient_accumulation_steps", 1))
-    steps = -(-len(data.train) // batch)
+    steps = -(-len(data.train) // batch) * (1 if recipe.rollout is None else recipe.rollout.num_iterations)
     return "\n".join(
         [*data.lines, f"{len(data.train)} groups to train on; one rank makes {steps} steps of {batch} per epoch"]
     )

@@ -428,3 +428,8 @@ def test_two_rankings_agree_or_not(tmp_path: Path) -> None:
 
 def answers(first: list[float], second: list[float]) -> list[Answer]:
     return [Answer((5,), "", "policy", parts={"a": a, "b": b}) for a, b in zip(first, second, strict=True)]
+
+
+def test_check_counts_every_time_that_a_round_is_taken(tmp_path: Path) -> None:
+    recipe = load(online(tmp_path, rollout={"num_iterations": 3}))[0]
+    assert "one rank makes 9 steps of 4 per epoch" in check(recipe)
