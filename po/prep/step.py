@@ -7,12 +7,10 @@ killed and started again. What was done stays done: each half second of work is 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -27,10 +25,10 @@ from po.errors import UserError
 from po.folder import redact
 from po.prep.inputs import check_apart, command, describe, open_inputs
 from po.prep.partial import Partial, beside, check_output, sha256
+from po.prep.pool import in_order
 from po.prep.report import StepReport, Tally, versions
 from po.spec import Source
 
-_CHUNK = 64  # records per task of a worker process
 _COMMIT = 0.5  # seconds of work that a kill can undo
 
 
@@ -84,7 +82,7 @@ def run_step(
     context = {"command": command(), **asked, "inputs": inputs, "output": {"path": str(output)}, "dry_run": dry_run}
     asked["inputs"] = [{k: v for k, v in one.items() if k != "path"} for one in inputs]
     records = islice((r for one in opened for r in one.records()), limit)
-    groups = _batches(records, batch_work, batch) if work is None else _each(records, work, num_proc)
+    groups = _batches(records, batch_work, batch) if work is None else in_order(records, _readable(work), num_proc)
     if dry_run:
         check_output(output)
         report = StepReport(name, _count(groups, Tally()), {**context, "versions": versions()})
@@ -102,37 +100,12 @@ def run_step(
 Group = list[tuple[Record, Outcome]]  # what is committed together or not at all
 
 
+def _readable(work: Work) -> Work:
+    return lambda record: _unreadable(record) or work(record)
+
+
 def _unreadable(record: Record) -> Outcome | None:
     return Outcome(problem=record.problem) if record.data is None else None
-
-
-def _each(records: Iterator[Record], work: Work, num_proc: int) -> Iterator[Group]:
-    """Outcomes in the order of the records, made by num_proc processes; only a window of records is in memory."""
-    if num_proc < 1:
-        raise UserError(f"--num-proc: expected at least 1 process, got {num_proc}")
-    if num_proc == 1:
-        yield from ([(r, _unreadable(r) or work(r))] for r in records)
-        return
-    waiting: deque[tuple[list[Record], Future[list[Outcome]]]] = deque()
-    fork = multiprocessing.get_context("fork")  # the workers inherit the work; it need not be picklable
-    with ProcessPoolExecutor(num_proc, fork, _start_worker, (work,)) as pool:
-        while (chunk := list(islice(records, _CHUNK))) or waiting:
-            if chunk:
-                waiting.append((chunk, pool.submit(_work_chunk, chunk)))
-            if len(waiting) >= 4 * num_proc or not chunk:
-                done, future = waiting.popleft()
-                yield list(zip(done, future.result(), strict=True))
-
-
-_WORKER: list[Work] = []  # of this process, where it is a worker
-
-
-def _start_worker(work: Work) -> None:
-    _WORKER[:] = [work]
-
-
-def _work_chunk(records: list[Record]) -> list[Outcome]:
-    return [_unreadable(r) or _WORKER[0](r) for r in records]
 
 
 def _batches(

@@ -1,0 +1,91 @@
+#!/usr/bin/env python3
+"""What is wrong with a file of rows, and what it is made of. docs/data_prep.md has an example."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+from rich.console import Console
+
+from po.data.overlong import Limits
+from po.policy import load_tokenizer
+from po.prep import arguments
+from po.prep.figures import histograms, statistics
+from po.prep.findings import LIMITS, findings, to_json
+from po.prep.inputs import command, describe, open_inputs
+from po.prep.page import page
+from po.prep.report import versions
+from po.prep.run_check import Asked, allowed, check_rows, missing, show_figures, show_findings
+from po.spec import ModelSpec, Overlong, Source
+
+
+def _parser() -> argparse.ArgumentParser:
+    example = "python data_prep/check.py train.jsonl --tests test.jsonl --json check.json --html check.html"
+    p = arguments.parser("What is wrong with a file of rows, and what it is made of.", example)
+    arguments.add_sources(p)
+    g = p.add_argument_group("checking")
+    g.add_argument("--tests", nargs="+", default=[], help="test sets: rows with their prompts or n-grams are found")
+    g.add_argument("--ngram", type=arguments.positive, default=8, help="words of an n-gram (default 8)")
+    g.add_argument("--threshold", type=float, default=0.8, help="Jaccard similarity of near-duplicates (default 0.8)")
+    g.add_argument("--no-near", action="store_true", help="do not look for near-duplicates")
+    g.add_argument("--no-language", action="store_true", help="do not guess languages")
+    g.add_argument("--allow", nargs="+", default=[], metavar="NAME=SHARE", help=f"limits: {', '.join(LIMITS)}")
+    t = p.add_argument_group("tokens")
+    t.add_argument("--model", help="folder or hub name whose tokenizer says what is scored and what is lost")
+    t.add_argument("--chat-template", help="a Jinja file")
+    t.add_argument("--max-length", type=arguments.positive, default=2048)
+    t.add_argument("--max-prompt-length", type=arguments.positive)
+    t.add_argument("--overlong", choices=get_args(Overlong), default="drop")
+    r = p.add_argument_group("running")
+    r.add_argument("--num-proc", type=arguments.positive, default=1, help="processes")
+    r.add_argument("--limit", type=arguments.positive, help="the first so many rows")
+    r.add_argument("--dry-run", action="store_true", help="print only, write no --json and no --html")
+    r.add_argument("--json", type=Path, help="the verdict, findings and statistics, for machines")
+    r.add_argument("--html", type=Path, help="the same as a page with plots")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check; 0 where everything is within its limits, else 2."""
+    args, console = _parser().parse_args(argv), Console()
+    sources, allow = arguments.sources(args), allowed(args.allow)
+    tokenizer = None
+    if args.model:
+        tokenizer = load_tokenizer(ModelSpec(args.model, chat_template=args.chat_template))
+    asked = Asked(
+        [Source(path) for path in args.tests],
+        args.ngram,
+        not args.no_near,
+        not args.no_language,
+        tokenizer,
+        Limits(args.max_length, args.max_prompt_length, args.overlong),
+        args.num_proc,
+        args.limit,
+    )
+    lacking = missing(asked)
+    check = check_rows(sources, asked)
+    found, figures = findings(check, args.threshold, allow), statistics(check)
+    show_findings(found, console)
+    show_figures(figures, console)
+    if lacking:
+        console.print(f"not looked at: {', '.join(lacking)}; pip install 'po[prep]'", markup=False)
+    if args.json and not args.dry_run:
+        inputs = [one for opened in open_inputs(sources) for one in describe(opened)]
+        context = {"not_looked_at": lacking, "command": command(), "inputs": inputs, "versions": versions()}
+        args.json.write_text(json.dumps(to_json(check, found, context), indent=1) + "\n", encoding="utf-8")
+    if args.html and not args.dry_run:
+        title = "Check of " + ", ".join(args.inputs)
+        args.html.write_text(page(title, found, figures, histograms(check)), encoding="utf-8")
+    wrong = [f.name for f in found if not f.fine]
+    if wrong:
+        sys.stderr.write(f"beyond their limits: {', '.join(wrong)} (--allow NAME=SHARE sets a limit)\n")
+    return 2 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(arguments.end(main))
