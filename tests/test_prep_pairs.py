@@ -207,16 +207,10 @@ def test_format_pairs_come_from_right_answers_in_the_format(tmp_path: Path) -> N
     assert report["dropped"] == {"no right answer": 1, "no right answer in the format": 1}
 
 
-def test_a_script_named_select_does_not_stand_in_for_the_standard_module() -> None:
-    code = "import runpy, sys; sys.path.insert(0, sys.argv[1]); import select, selectors; print(select.select.__name__)"
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT / "data_prep")], capture_output=True, text=True)
-    assert done.stdout == "select\n", done.stderr
-
-
-@pytest.mark.parametrize("name", ["pair", "select", "repair"])
+@pytest.mark.parametrize("name", ["pair", "subset", "repair"])
 def test_scripts_run_by_themselves_with_help_and_exit_codes(tmp_path: Path, name: str) -> None:
     assert f"example:\n  python data_prep/{name}.py" in script(name).arguments().format_help()
-    kind = {"pair": [], "select": ["weights"], "repair": ["strength"]}[name]
+    kind = {"pair": [], "subset": ["weights"], "repair": ["strength"]}[name]
     command = [sys.executable, str(ROOT / "data_prep" / f"{name}.py"), *kind, "nothing.jsonl", "-o", "out.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2

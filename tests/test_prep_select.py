@@ -179,13 +179,13 @@ ROWS = [scored("a", REWARDS, AT), scored("flat", [1.0, 1.0, 1.0], AT[:3]), score
 
 def test_the_script_keeps_the_best_and_the_chosen_and_prints_the_gap(tmp_path: Path, capsys: Any) -> None:
     argv = ("negatives", "--", "--rule", "opt_select", "-k", "2")
-    rows, report = ran("select", *argv, output=tmp_path / "o.jsonl", rows=ROWS)
+    rows, report = ran("subset", *argv, output=tmp_path / "o.jsonl", rows=ROWS)
     assert [a["reward"] for a in rows[0]["responses"]] == [9.0, 3.5, 1.0]
     said = rows[0]["selection"]
     assert (said["kept"], said["of"], said["exact"], said["gap"]) == ([0, 4, 5], 7, True, 0)
     assert report["dropped"] == {"equal rewards": 1, "fewer than 2 other answers": 1}
     assert "chosen exactly (every subset tried)" in capsys.readouterr().out
-    rows, report = ran("select", *argv, "--enumerated", "0", output=tmp_path / "s.jsonl", rows=ROWS)
+    rows, report = ran("subset", *argv, "--enumerated", "0", output=tmp_path / "s.jsonl", rows=ROWS)
     assert not rows[0]["selection"]["exact"]
     assert report["sums"]["chosen by local search, no gap"] == 1
 
@@ -213,7 +213,7 @@ def test_embeddings_come_from_a_model_where_one_is_named(tmp_path: Path) -> None
 
 def test_the_script_writes_weights_and_leaves_the_median_out(tmp_path: Path) -> None:
     rows, _ = ran(
-        "select", "weights", "--", "--drop-median", output=tmp_path / "o.jsonl", rows=[scored("a", [5, 1, 3])]
+        "subset", "weights", "--", "--drop-median", output=tmp_path / "o.jsonl", rows=[scored("a", [5, 1, 3])]
     )
     assert [(a["reward"], a["weight"]) for a in rows[0]["responses"]] == [(5, math.exp(2)), (1, math.exp(2))]
     far = Weights(SOURCE)(Record("w", scored("a", [1e6, 0.0])))
@@ -224,7 +224,7 @@ def test_the_script_keeps_the_least_sure_rows(tmp_path: Path) -> None:
     many = [scored(f"r{i}", [float(i), 0.0]) for i in (3, 1, 4, 2, 5, 1)]
     for k, row in enumerate(many):
         row["id"] = f"{k}"
-    rows, report = ran("select", "unsure", "--", "--budget", "3", output=tmp_path / "o.jsonl", rows=many)
+    rows, report = ran("subset", "unsure", "--", "--budget", "3", output=tmp_path / "o.jsonl", rows=many)
     assert [(r["id"], r["uncertainty"]) for r in rows] == [("1", -1.0), ("3", -2.0), ("5", -1.0)]
     assert report["dropped"] == {"surer than those that were chosen": 3}
 
@@ -246,5 +246,5 @@ def test_same_bytes_whatever_the_processes(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", rows)
     for processes in ("1", "2"):
         argv = [source, "-o", str(tmp_path / f"{processes}.jsonl"), "--rule", "coreset", "-k", "2"]
-        script("select").main(["negatives", *argv, "--num-proc", processes])
+        script("subset").main(["negatives", *argv, "--num-proc", processes])
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()
