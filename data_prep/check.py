@@ -16,11 +16,12 @@ from po.data.overlong import Limits
 from po.policy import load_tokenizer
 from po.prep import arguments
 from po.prep.figures import histograms, statistics
-from po.prep.findings import LIMITS, findings, to_json
+from po.prep.findings import DROPPABLE, LIMITS, findings, to_drop, to_json
 from po.prep.inputs import command, describe, open_inputs
 from po.prep.page import page
 from po.prep.report import versions
-from po.prep.run_check import Asked, allowed, check_rows, missing, show_figures, show_findings
+from po.prep.run_check import Asked, LeaveOut, allowed, check_rows, missing, show_figures, show_findings
+from po.prep.step import run_step
 from po.spec import ModelSpec, Overlong, Source
 
 
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--num-proc", type=arguments.positive, default=1, help="processes")
     r.add_argument("--limit", type=arguments.positive, help="the first so many rows")
     r.add_argument("--dry-run", action="store_true", help="print only, write no --json and no --html")
+    r.add_argument("--drop", nargs="+", default=[], choices=DROPPABLE, help="findings whose rows --output goes without")
+    r.add_argument("-o", "--output", type=Path, help="the rows without those of --drop; .jsonl, .jsonl.gz or .parquet")
+    r.add_argument("--force", action="store_true", help="overwrite a finished output")
     r.add_argument("--json", type=Path, help="the verdict, findings and statistics, for machines")
     r.add_argument("--html", type=Path, help="the same as a page with plots")
     return p
@@ -52,7 +56,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check; 0 where everything is within its limits, else 2."""
-    args, console = _parser().parse_args(argv), Console()
+    parser, console = _parser(), Console()
+    args = parser.parse_args(argv)
+    if bool(args.drop) != bool(args.output):
+        parser.error("--drop and --output go together")
     sources, allow = arguments.sources(args), allowed(args.allow)
     tokenizer = None
     if args.model:
@@ -81,7 +88,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.html and not args.dry_run:
         title = "Check of " + ", ".join(args.inputs)
         args.html.write_text(page(title, found, figures, histograms(check)), encoding="utf-8")
-    wrong = [f.name for f in found if not f.fine]
+    if args.output:
+        dropped = to_drop(check, found, args.drop)
+        tests = [one for opened in open_inputs(asked.tests) for one in describe(opened)] if args.tests else []
+        options = {"drop": args.drop, "threshold": args.threshold, "ngram": args.ngram, "tests": tests}
+        how = {"limit": args.limit, "dry_run": args.dry_run, "force": args.force, "max_bad": allow.get("bad", 0.0)}
+        run_step("check", sources, args.output, LeaveOut(dropped, sources[0]), options=options, **how)
+    wrong = [f.name for f in found if not f.fine and not (args.output and f.name in args.drop)]
     if wrong:
         sys.stderr.write(f"beyond their limits: {', '.join(wrong)} (--allow NAME=SHARE sets a limit)\n")
     return 2 if wrong else 0

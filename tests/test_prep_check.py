@@ -125,7 +125,7 @@ def test_contradictions(tmp_path: Path) -> None:
         *(pair(p, good, text("third")), {"prompt": p, "completion": bad, "label": False}),
     ]
     f = found(checked(tmp_path, rows, near=False))
-    assert set(f) == {"contradictions", "duplicates"}
+    assert set(f) == {"contradictions"}
     assert f["contradictions"].count == 4
     assert f["contradictions"].examples == ("x.jsonl:3: x.jsonl:1", "x.jsonl:5: x.jsonl:4")
 
@@ -259,6 +259,27 @@ def test_the_scripts(tmp_path: Path) -> None:
     assert (tmp_path / "c.html").read_text().startswith("<!doctype html>")
     assert run("check.py", "--allow", "duplicates=0.5", "--dry-run", "--json", "d.json").returncode == 0
     assert not (tmp_path / "d.json").exists()
+
+
+def test_rows_are_left_out_by_finding(tmp_path: Path) -> None:
+    """--drop with --output: the rest as it was, each dropped row under its reason, and exit code 0."""
+    rows = [*plain(5), {**plain(1)[0], "id": "again"}, pair("a b", "Same", "same"), *plain(0)]
+    rows.append(pair(rows[1]["prompt"], rows[1]["rejected"], rows[1]["chosen"], id="denies"))
+    write(tmp_path / "x.jsonl", rows)
+    write(tmp_path / "t.jsonl", [{"prompt": rows[3]["prompt"]}])
+    names = ["duplicates", "identical_pairs", "test_prompts", "contradictions", "contaminated"]
+    command = [sys.executable, str(SCRIPTS / "check.py"), "x.jsonl", "--tests", "t.jsonl", "--no-language", "--no-near"]
+    command += ["-o", "clean.jsonl", "--drop", *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept = [json.loads(line) for line in (tmp_path / "clean.jsonl").read_text().splitlines()]
+    assert kept == [rows[0], rows[2], rows[4]]
+    report = json.loads((tmp_path / "clean.jsonl.report.json").read_text())
+    assert report["dropped"] == {"contradictions": 2, "test_prompts": 1, "duplicates": 1, "identical_pairs": 1}
+    assert report["options"]["tests"][0]["name"] == "t.jsonl"
+    assert found(check_rows([Source(str(tmp_path / "clean.jsonl"))], Asked(language=False))) == {}
+    done = subprocess.run([*command[:-6], "-o", "other.jsonl"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, "--drop and --output go together" in done.stderr) == (2, True)
 
 
 def test_show(tmp_path: Path) -> None:

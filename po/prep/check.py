@@ -52,6 +52,7 @@ class Check:
     tokens: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     listings: dict[str, list[str]] = field(default_factory=dict)
+    noted: dict[str, array[int]] = field(default_factory=dict)  # the numbers of the rows of a finding
     hashes: dict[str, array[int]] = field(default_factory=lambda: {n: array("Q") for n in ("id", "prompt", "content")})
     places: array[int] = field(default_factory=lambda: array("Q"))  # file and line of each row
     files: dict[str, int] = field(default_factory=dict)
@@ -119,7 +120,9 @@ class Check:
             self._list(f"tokens_{name}", line)
 
     def _note(self, name: str, line: str) -> None:
+        """Something about the row that came last."""
         self.counts[name] += 1
+        self.noted.setdefault(name, array("I")).append(len(self.places) - 1)
         self._list(name, line)
 
     def _list(self, name: str, line: str) -> None:

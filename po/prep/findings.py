@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from po.prep.near import groups
 from po.prep.report import LISTED
 
 SHOWN = 5  # examples of a finding
+DROPPABLE = (
+    *("duplicates", "near_duplicates", "contradictions", "identical_pairs", "nearly_identical_pairs"),
+    *("reward_against_choice", "test_prompts", "contaminated"),
+)
 # Shares of the rows (of the responses, tokens or pairs where the finding says so) that are let pass.
 LIMITS = {
     "bad": 0.0,
@@ -46,6 +50,7 @@ class Finding:
     share: float
     limit: float
     examples: tuple[str, ...] = ()
+    rows: Sequence[int] = field(default=(), repr=False)  # their numbers, of findings whose rows can be left out
 
     @property
     def fine(self) -> bool:
@@ -61,12 +66,13 @@ def findings(check: Check, threshold: float = 0.8, allow: Mapping[str, float] | 
     out.append(_repeats(check, "duplicate_ids", "rows with an id of an earlier row", ids, first))
     again, first = _repeated(check, "content")
     out.append(_repeats(check, "duplicates", "rows with prompt and responses of an earlier row", again, first))
+    torn = _contradictions(check)
     if check.signatures:
         leader = groups(check.signatures, threshold)
-        near = np.setdiff1d(np.flatnonzero(leader != np.arange(rows)), again)
+        near = np.setdiff1d(np.flatnonzero(leader != np.arange(rows)), [*again.tolist(), *torn.rows])
         says = f"further rows about {threshold:.0%} alike or more with an earlier one"
         out.append(_repeats(check, "near_duplicates", says, near, leader))
-    out.append(_contradictions(check))
+    out.append(torn)
     out.append(_found(check, "identical_pairs", "pairs of responses that are the same but for case and spaces", pairs))
     out.append(_found(check, "nearly_identical_pairs", f"pairs of responses {NEARLY:.0%} alike or more", pairs))
     scored = int(np.isfinite(np.array(check.margins)).sum())
@@ -80,11 +86,11 @@ def findings(check: Check, threshold: float = 0.8, allow: Mapping[str, float] | 
 
 def _found(check: Check, name: str, says: str, of: int, lines: Sequence[str] | None = None) -> Finding:
     lines = check.listings.get(name, []) if lines is None else lines
-    return _finding(name, says, check.counts[name], of, lines)
+    return _finding(name, says, check.counts[name], of, lines, check.noted.get(name, ()))
 
 
-def _finding(name: str, says: str, count: int, of: int, lines: Sequence[str]) -> Finding:
-    return Finding(name, says, count, count / of if of else 0.0, LIMITS[name], tuple(lines[:LISTED]))
+def _finding(name: str, says: str, count: int, of: int, lines: Sequence[str], rows: Sequence[int] = ()) -> Finding:
+    return Finding(name, says, count, count / of if of else 0.0, LIMITS[name], tuple(lines[:LISTED]), rows)
 
 
 def _repeated(check: Check, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -97,7 +103,7 @@ def _repeated(check: Check, name: str) -> tuple[NDArray[np.int64], NDArray[np.in
 
 def _repeats(check: Check, name: str, says: str, rows: NDArray[np.int64], first: NDArray[np.int64]) -> Finding:
     lines = [f"{check.where(n)}: {check.where(int(first[n]))}" for n in rows[:LISTED].tolist()]
-    return _finding(name, says, len(rows), len(check.places), lines)
+    return _finding(name, says, len(rows), len(check.places), lines, rows.tolist())
 
 
 def _contradictions(check: Check) -> Finding:
@@ -117,7 +123,7 @@ def _contradictions(check: Check) -> Finding:
         if other != n and len(lines) < LISTED:
             lines.append(f"{check.where(n)}: {check.where(other)}")
     says = "rows that prefer or label the same responses the other way than another row"
-    return _finding("contradictions", says, len(rows), len(check.places), lines)
+    return _finding("contradictions", says, len(rows), len(check.places), lines, rows.tolist())
 
 
 def _of_tokens(check: Check) -> list[Finding]:
@@ -147,7 +153,24 @@ def to_json(check: Check, findings: Sequence[Finding], context: Mapping[str, Any
     """For CI: the verdict, every finding with its limit, the statistics."""
     return {
         "fine": all(f.fine for f in findings),
-        "findings": [{**asdict(f), "fine": f.fine, "examples": f.examples[:SHOWN]} for f in findings],
+        "findings": [_finding_json(f) for f in findings],
         "statistics": statistics(check),
         **context,
     }
+
+
+def _finding_json(f: Finding) -> dict[str, Any]:
+    return {k: v for k, v in asdict(replace(f, rows=())).items() if k != "rows"} | {
+        "fine": f.fine,
+        "examples": f.examples[:SHOWN],
+    }
+
+
+def to_drop(check: Check, findings: Sequence[Finding], names: Sequence[str]) -> dict[str, str]:
+    """file:line of the rows that are left out, each with the first of the names that it is counted under."""
+    by_name = {f.name: f.rows for f in findings}
+    out: dict[str, str] = {}
+    for name in names:
+        for n in by_name.get(name, ()):
+            out.setdefault(check.where(n), name)
+    return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -16,27 +15,13 @@ from po.data.rows import Row
 from po.data.tokenize import Coded, Encoder
 from po.prep.near import jaccard, shingles, signature
 from po.prep.rows import WANTED
+from po.prep.texts import Tests, asked_of, hashed, normal, text_of
 from po.spec import Source
 
 _ALL_PAIRS = 8  # responses up to which all pairs of a set are compared with other rows
 NEARLY = 0.9  # shared triples of words from which two responses are nearly identical
 _SHORT, _LONG = 20, 200  # characters below which a language is not guessed, and from which no more are looked at
 _EVERY = 20_000  # rows of a file whose language is guessed; of those behind them one in ten, by its content
-
-
-def text_of(content: object) -> str:
-    """A text as it is, messages as their contents."""
-    return content if isinstance(content, str) else "\n".join(str(m.get("content", "")) for m in content)  # type: ignore[attr-defined]
-
-
-def normal(text: str) -> str:
-    """Lower case, single spaces."""
-    return " ".join(text.lower().split())
-
-
-def hashed(*texts: str) -> int:
-    """64 bits of a hash."""
-    return int.from_bytes(hashlib.blake2b("\0".join(texts).encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 @dataclass
@@ -46,7 +31,7 @@ class Measured:
     problems: Sequence[Problem] = ()
     row_id: int = 0
     prompt: int = 0
-    content: int = 0  # prompt and responses, in any order
+    content: int = 0  # prompt and responses, and of two which is better
     kind: str = ""
     claims: list[int] = field(default_factory=list)  # hashes of comparisons and labels; the last bit is which way
     signature: bytes = b""
@@ -70,34 +55,6 @@ class _Remembering(Encoder):
     def __call__(self, row: Row) -> Coded:
         self.last = super().__call__(row)
         return self.last
-
-
-@dataclass
-class Tests:
-    """Prompts and n-grams of test sets, and where they are."""
-
-    size: int = 8
-    prompts: dict[int, str] = field(default_factory=dict)
-    grams: dict[str, str] = field(default_factory=dict)
-
-    def add(self, prompt: str, where: str) -> None:
-        """Take a test prompt in."""
-        self.prompts.setdefault(hashed(normal(prompt)), where)
-        for gram in _grams(prompt, self.size):
-            self.grams.setdefault(gram, where)
-
-    def overlap(self, prompt: str) -> tuple[str, str, float] | None:
-        """The first n-gram that a prompt shares with a test prompt, and how much of it such n-grams cover."""
-        found = [(at, gram) for at, gram in enumerate(_grams(prompt, self.size)) if gram in self.grams]
-        if not found:
-            return None
-        covered = {k for at, _ in found for k in range(at, at + self.size)}
-        return found[0][1], self.grams[found[0][1]], len(covered) / len(prompt.split())
-
-
-def _grams(prompt: str, size: int) -> list[str]:
-    words = normal(prompt).split()
-    return [" ".join(words[i : i + size]) for i in range(len(words) - size + 1)]
 
 
 class Measure:
@@ -128,9 +85,9 @@ class Measure:
         plain = normal(prompt)
         m = Measured(row_id=hashed(row.id), prompt=hashed(plain), kind=_kind(row), prompt_length=len(prompt))
         normals = [normal(t) for t in texts]
-        m.content = hashed(plain, *sorted(normals))
         m.claims = _claims(row, plain, normals)
         best, worst = _ends(row)
+        m.content = hashed(plain, *_said(row, normals, best, worst))
         pieces = [shingles(t) for t in (texts if self.near else [texts[k] for k in {best, worst} if k >= 0])]
         if best != worst:
             sides = (pieces[best], pieces[worst]) if self.near else tuple(pieces)
@@ -199,15 +156,15 @@ def _line(where: str) -> int:
     return int(where.rpartition(":")[2].removeprefix("row "))
 
 
-def asked_of(row: Row) -> str:
-    """The text of the prompt; of a conversation what the user said."""
-    if isinstance(row.prompt, str):
-        return row.prompt
-    return "\n".join(str(m.get("content", "")) for m in row.prompt if m.get("role") == "user")
-
-
 def _kind(row: Row) -> str:
     return "pair" if row.chosen_first else "labelled" if row.kind == "unpaired" else row.kind
+
+
+def _said(row: Row, texts: Sequence[str], best: int, worst: int) -> list[str]:
+    """What makes rows of one prompt the same: of two responses the better one first, else all in any order."""
+    if len(texts) == 2 and best != worst:
+        return [texts[best], texts[worst]]
+    return sorted(f"{r.label} {text}" for r, text in zip(row.responses, texts))
 
 
 def _ends(row: Row) -> tuple[int, int]:

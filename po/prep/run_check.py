@@ -15,6 +15,7 @@ from rich.table import Table
 
 from po.data.formats import convert
 from po.data.overlong import Limits
+from po.data.read import Record
 from po.data.sources import open_sources
 from po.data.wanted import Wanted
 from po.errors import UserError, suggest
@@ -22,8 +23,11 @@ from po.prep import near
 from po.prep.check import Check, run
 from po.prep.findings import LIMITS, SHOWN, Finding
 from po.prep.inputs import open_inputs
-from po.prep.measure import Measure, Tests, asked_of
+from po.prep.measure import Measure
 from po.prep.pool import in_order
+from po.prep.rows import WANTED
+from po.prep.step import Outcome
+from po.prep.texts import Tests, asked_of
 from po.spec import Source
 
 
@@ -89,6 +93,22 @@ def check_rows(sources: Sequence[Source], asked: Asked) -> Check:
         task = progress.add_task("", total=None)
         run(check, measured, lambda n: progress.advance(task, n))
     return check
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """The work of writing the rows of a check again, without those that have a reason to go."""
+
+    reasons: Mapping[str, str]  # by file:line
+    source: Source
+
+    def __call__(self, record: Record) -> Outcome:
+        """The row as it is, unless it has a reason; bad where po cannot read it."""
+        reason = self.reasons.get(record.where)
+        if reason is not None:
+            return Outcome(dropped=reason)
+        done = convert(record, self.source, WANTED)
+        return Outcome(problem=done.problems) if done.row is None else Outcome((record.data or {},))
 
 
 def allowed(pairs: Sequence[str]) -> dict[str, float]:
