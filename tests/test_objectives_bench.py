@@ -185,13 +185,16 @@ def test_table_and_intervals() -> None:
     known = dict.fromkeys(("kl", "exact", "length", "best", "worst"), 1.0)
     lines = [
         {"head": h, "beta": b, "seed": s, "term": {"head": h}, "learning_rate": 1e-3, "reward": 0.5 + 0.1 * s, **known}
-        for s in (0, 1)
+        for s in (0, 1, 2)
         for h, b in (("sft", 0.1), ("dpo", 0.3), ("dpo", 0.1))
+        if s < 2 or h == "dpo"
     ]
+    lines = [line | {"reward_se": 0.1} for line in lines]
     points, failed = frontier([*lines, {"head": "nca", "beta": 0.1, "seed": 0, "error": "NumericsError: NaN"}])
-    assert [(p.head, p.beta, p.seeds) for p in points] == [("dpo", 0.1, 2), ("dpo", 0.3, 2), ("sft", 0.1, 2)]
+    assert [(p.head, p.beta, p.seeds) for p in points] == [("dpo", 0.1, 3), ("dpo", 0.3, 3), ("sft", 0.1, 2)]
     text = markdown(points, failed, {"x": "no rows"}, {"reward": 0.4})
-    assert "0.550 ± 0.635" in text
+    assert "| 3 | 0.600 ± 0.248 |" in text
+    assert "| 2 | 0.550 ± 0.196 |" in text  # t over two seeds is no use: over questions
     assert "- nca at 0.1: NumericsError: NaN" in text
     assert "- x: no rows" in text
 

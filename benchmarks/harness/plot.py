@@ -39,10 +39,9 @@ def draw(points: Sequence[Point], base: float, path: Path) -> None:
         row[0].set_ylabel("true reward")
     axes[0][0].set_ylim(max(base - BELOW, min(p.reward.mean for p in points) - 0.02), None)
     axes[0][0].set_xlim(None, min(MOST_KL, 1.3 * max(p.kl.mean for p in points)))
-    seeds = max(p.seeds for p in points)
     figure.suptitle(
         "True reward against KL to the reference, on the sandbox's held-out questions\n"
-        f"a curve per head over its strengths; bars: 95 % over {seeds} seeds; dashed: the base model; "
+        "a curve per head over its strengths; bars: 95 %, over three seeds or over questions; dashed: the base model; "
         "a curve that leaves its panel has collapsed",
         fontsize=12,
     )

@@ -11,6 +11,8 @@ from harness.plan import FAMILIES, family
 from harness.stats import Interval, interval
 
 Line = Mapping[str, Any]
+COLUMNS = ("head", "strength", "seeds", "reward", "KL", "exactly right", "tokens", "best", "worst")
+LEAST_SEEDS = 3  # from which on intervals are over seeds; t over two is no use
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,11 @@ def frontier(lines: Sequence[Line]) -> tuple[list[Point], dict[str, str]]:
 
 def _point(head: str, beta: float, lines: Sequence[Line]) -> Point:
     def of(name: str) -> Interval:
-        return interval([line[name] for line in lines], lines[0].get(f"{name}_se", float("nan")))
+        values = [line[name] for line in lines]
+        if len(values) >= LEAST_SEEDS:
+            return interval(values)
+        over_questions = [line.get(f"{name}_se", float("nan")) for line in lines]
+        return Interval(sum(values) / len(values), 1.96 * sum(over_questions) / len(over_questions))
 
     term, rate = lines[0]["term"], lines[0]["learning_rate"]
     own = {k: v for k, v in term.items() if k != "head"}
@@ -62,11 +68,10 @@ def markdown(
     out = [
         f"The base model earns {base['reward']:.3f} on these questions. KL in nats per answer. best, worst: how far",
         "the log-prob of the base's best and worst answers to other held-out questions moved, in nats per answer.",
-        "Intervals: 95 %, t over seeds (one seed: over questions).",
+        "Intervals: 95 %; t over seeds where there are three, else over questions (which leaves out a run's own chance).",
     ]
     for title in dict.fromkeys(p.family for p in points):
-        out += ["", f"**{title}**", "", "| head | strength | reward | KL | exactly right | tokens | best | worst |"]
-        out.append("|---|---|---|---|---|---|---|---|")
+        out += ["", f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
         out += [_row(p) for p in points if p.family == title]
     for what, found in (("Failed", failed), ("Left out", left_out)):
         if found:
@@ -76,4 +81,4 @@ def markdown(
 
 def _row(p: Point) -> str:
     cells = (p.reward.text(), p.kl.text(2), f"{p.exact.mean:.3f}", f"{p.length.mean:.1f}")
-    return f"| {p.head} | {p.strength} | {' | '.join(cells)} | {p.best.text(1)} | {p.worst.text(1)} |"
+    return f"| {p.head} | {p.strength} | {p.seeds} | {' | '.join(cells)} | {p.best.text(1)} | {p.worst.text(1)} |"
