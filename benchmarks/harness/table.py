@@ -68,7 +68,7 @@ def markdown(
     out = [
         f"The base model earns {base['reward']:.3f} on these questions. KL in nats per answer. best, worst: how far",
         "the log-prob of the base's best and worst answers to other held-out questions moved, in nats per answer.",
-        "Intervals: 95 %; t over seeds where there are three, else over questions (which leaves out a run's own chance).",
+        "Intervals: 95 %; t over seeds where there are three, else over questions (without the chance of a run).",
     ]
     for title in dict.fromkeys(p.family for p in points):
         out += ["", f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
