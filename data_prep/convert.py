@@ -25,7 +25,9 @@ def _parser() -> argparse.ArgumentParser:
     arguments.add_step(p)
     g = p.add_argument_group("formats")
     g.add_argument("--format", default="auto", help=f"auto, {', '.join(BY_NAME)} (default: auto, row by row)")
-    g.add_argument("--chat", action="store_true", help="plain Human: and Assistant: turns become messages")
+    dress = g.add_mutually_exclusive_group()
+    dress.add_argument("--chat", action="store_true", help="plain prompts become messages")
+    dress.add_argument("--template", help="around plain prompts, e.g. 'Question: {prompt}\\nAnswer: '")
     g.add_argument(
         "--rule", choices=get_args(Rule), default="sets", help="UltraFeedback: sets of four, or pairs by a rule"
     )
@@ -46,12 +48,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(one.line(given))
     names = ("rule", "score", "score_bug", "attribute", "min_ratio", "seed")
     chosen = {n: getattr(args, n) for n in names}
-    work = Convert(sources[0], Choices(**chosen), given, args.chat)
+    template = None if args.template is None else args.template.replace("\\n", "\n")
+    if template is not None and "{prompt}" not in template:
+        raise UserError(f"--template: expected {{prompt}} in it, got {template!r}")
+    work = Convert(sources[0], Choices(**chosen), given, args.chat, template)
     joined = ["helpsteer" in one.formats for one in found]
     if any(joined) and not all(joined):
         raise UserError("helpsteer rows are joined with their neighbours; convert the other files by themselves")
     how = {"batch_work": work.together, "batch": prompt_key} if any(joined) else {"work": work}
-    options = {"format": args.format, "chat": args.chat, **chosen}
+    options = {"format": args.format, "chat": args.chat, "template": template, **chosen}
     run_step("convert", sources, args.output, options=options, **how, **arguments.running(args))
     return 0
 

@@ -156,7 +156,8 @@ def converted(
     path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in records))
     source = Source(str(path), rank_order=options.pop("rank_order", None))
     given, chat, max_bad = named(options.pop("format", "auto")), options.pop("chat", False), options.pop("max_bad", 0)
-    work = Convert(source, Choices(**options), given, chat)
+    template = options.pop("template", None)
+    work = Convert(source, Choices(**options), given, chat, template)
     joined = "helpsteer" in look(open_inputs([source])[0], given).formats
     how: dict[str, Any] = {"batch_work": work.together, "batch": prompt_key} if joined else {"work": work}
     report = run_step("convert", [source], tmp_path / output, options=options, max_bad=max_bad, **how)
@@ -311,6 +312,15 @@ def test_chat_turns_of_plain_dialogues(tmp_path: Path) -> None:
     said = "\n\nHuman: Say.\n\nHuman: It.\n\nAssistant:"
     with pytest.raises(UserError, match="1 of 1 rows are bad"):
         converted(tmp_path / "odd", [{"chosen": said + " Yes", "rejected": said + " No"}], chat=True)
+
+
+def test_plain_prompts_as_messages_or_in_a_template(tmp_path: Path) -> None:
+    """Text alone; rollouts and conversations stay."""
+    records = [RECORDS["po"][0], RECORDS["po"][5], RECORDS["po"][6]]
+    out, _ = converted(tmp_path, records, chat=True)
+    assert [r["prompt"] for r in out] == [turns("Say."), turns("Say."), "Say."]
+    out, _ = converted(tmp_path, records, "other.jsonl", template="Q: {prompt} {x}\nA: ")
+    assert [r["prompt"] for r in out] == ["Q: Say. {x}\nA: ", turns("Say."), "Say."]
 
 
 def test_every_bad_row_by_file_line_and_reason(tmp_path: Path) -> None:

@@ -169,6 +169,40 @@ def test_an_interrupted_step_goes_on_and_a_different_command_is_refused(tmp_path
     assert (t.rows_in, t.rows_out, t.dropped) == (20, 16, {"multiple of five": 4})
 
 
+def test_folders_and_parquet_are_read_and_resumed(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"id": f"r{i}", "n": i} for i in range(20)]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "saved"))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "in.parquet"))
+    step(tmp_path)
+    for name in ("saved", "in.parquet"):
+        seen: list[int] = []
+
+        def stumbles(record: Record, seen: list[int] = seen) -> Outcome:
+            seen.append(record.data["n"])  # type: ignore[index]
+            if len(seen) == 12:
+                raise UserError("the server is gone")
+            return work(record)
+
+        output, sources = tmp_path / f"{name}.jsonl", [Source(str(tmp_path / name))]
+        with pytest.raises(UserError, match="the server is gone"):
+            run_step("t", sources, output, stumbles, options={}, max_bad=1)
+        t = run_step("t", sources, output, stumbles, options={}, max_bad=1).tally
+        assert output.read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+        assert seen == [*range(12), *range(11, 20)]
+        assert t.problems == [f"{name}:row 8: n: expected another number, got 7"]
+
+
+def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
+    def nested(record: Record) -> Outcome:
+        with pytest.raises(UserError, match="another process is writing it"):
+            step(tmp_path, work=work, limit=1)
+        return Outcome((record.data or {},))
+
+    assert step(tmp_path, work=nested, limit=1).tally.rows_out == 1
+
+
 def test_wrong_outputs(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected an output that ends in \.jsonl, \.jsonl\.gz, \.parquet"):
         step(tmp_path, "out.csv")

@@ -82,7 +82,8 @@ class Convert:
     source: Source
     choices: Choices
     given: Format | None = None
-    chat: bool = False  # Human: and Assistant: of plain strings become messages
+    chat: bool = False  # plain prompts become messages, Human: and Assistant: turns one each
+    template: str | None = None  # around plain prompts; {prompt} is where they go
 
     def __call__(self, record: Record) -> Outcome:
         """One record to its rows in po's form."""
@@ -155,7 +156,7 @@ class Convert:
         row = as_json(converted.row, data)
         if number is not None:
             row["id"] = f"{row['id']}#{number}"
-        return _with_turns(converted.row, row) if self.chat else row, converted.format
+        return _dressed(converted.row, row, self.chat, self.template), converted.format
 
 
 def prompt_key(record: Record) -> object:
@@ -163,26 +164,39 @@ def prompt_key(record: Record) -> object:
     return None if record.data is None else str(record.data.get("prompt"))
 
 
-def _with_turns(row: Row, out: dict[str, Any]) -> dict[str, Any] | Sequence[Problem]:
-    """The row with its plain dialogue as messages; other rows as they are."""
-    if not isinstance(row.prompt, str) or not row.prompt.lstrip().startswith(HUMAN.strip()):
+def _dressed(row: Row, out: dict[str, Any], chat: bool, template: str | None) -> dict[str, Any] | Sequence[Problem]:
+    """The row with its plain prompt as messages, or inside a template; conversations and rollouts as they are."""
+    if not isinstance(row.prompt, str) or row.prompt_ids is not None:
         return out
-    parts = ("\n\n" + row.prompt.strip()).split(HUMAN)
-    messages: list[dict[str, str]] = []
-    for part in parts[1:]:
-        said, sign, answer = part.partition(ASSISTANT)
-        messages.append({"role": "user", "content": said.strip()})
-        if sign:
-            messages.append({"role": "assistant", "content": answer.strip()})
-    wrong = parts[0].strip() or not messages or messages[-1] != {"role": "assistant", "content": ""}
-    alternate = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
-    if wrong or not alternate or not all(m["content"] and ASSISTANT not in m["content"] for m in messages[:-1]):
+    if template is not None:
+        return {**out, "prompt": template.replace("{prompt}", row.prompt)}
+    if not chat:
+        return out
+    if not row.prompt.lstrip().startswith(HUMAN.strip()):
+        return {**out, "prompt": [{"role": "user", "content": row.prompt}]}
+    messages = _turns(row.prompt)
+    if messages is None:
         got = Say("turns of the same side in a row, or empty ones")
         return [Problem(row.where, "prompt", "turns of Human: and Assistant: that take turns (--chat)", got)]
-    out = {**out, "prompt": messages[:-1]}
+    out = {**out, "prompt": messages}
     for name in ("chosen", "rejected", "completion"):
         if isinstance(out.get(name), str):
             out[name] = out[name].strip()
     for one in out.get("responses", ()):
         one["content"] = one["content"].strip()
     return out
+
+
+def _turns(dialogue: str) -> list[dict[str, str]] | None:
+    """The messages of a plain dialogue that ends with Assistant:, or None where the sides do not take turns."""
+    parts = ("\n\n" + dialogue.strip()).split(HUMAN)
+    messages: list[dict[str, str]] = []
+    for part in parts[1:]:
+        said, sign, answer = part.partition(ASSISTANT)
+        messages.append({"role": "user", "content": said.strip()})
+        if sign:
+            messages.append({"role": "assistant", "content": answer.strip()})
+    ends = bool(messages) and messages[-1] == {"role": "assistant", "content": ""} and not parts[0].strip()
+    alternate = all(m["role"] == ("user", "assistant")[i % 2] for i, m in enumerate(messages))
+    whole = all(m["content"] and ASSISTANT not in m["content"] for m in messages[:-1])
+    return messages[:-1] if ends and alternate and whole else None

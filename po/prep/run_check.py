@@ -129,7 +129,9 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
     """The findings as a table, then the first places of what is not fine."""
     table = Table()
     for name in ("", "finding", "what was counted", "count", "share", "allowed"):
-        table.add_column(name, justify="right" if name in ("count", "share", "allowed") else "left")
+        table.add_column(
+            name, justify="right" if name in ("count", "share", "allowed") else "left", no_wrap=name == "finding"
+        )
     for f in findings:
         mark = "[green]ok[/]" if f.fine else "[red]no[/]"
         table.add_row(mark, f.name, f.says, str(f.count), f"{f.share:.2%}", f"{f.limit:.2%}")
@@ -139,8 +141,8 @@ def show_findings(findings: Sequence[Finding], console: Console) -> None:
             console.print(f"{f.says}:")
             for line in f.examples[:SHOWN]:
                 console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
-            if f.count > SHOWN:
-                console.print(f"  ... and {f.count - min(SHOWN, len(f.examples))} more")
+            if len(f.examples) > SHOWN:
+                console.print("  ... and others")
 
 
 def show_figures(figures: Mapping[str, Any], console: Console) -> None:
