@@ -116,7 +116,8 @@ def test_no_host_synchronisation(name: str):
     x = moved(random_input(head), "meta")
     T = x.policy_T.numel()
     scores = Scores(x.policy_T, x.policy_T, torch.empty(T, dtype=torch.bool, device="meta"))
-    y = change(x, gates={f"0.{name}": gate for name, gate in x.gates.items()})
+    named = {kind: {f"0.{name}": gate for name, gate in getattr(x, kind).items()} for kind in ("gates", "old_gates")}
+    y = change(x, **named)
     parts = objective([Term(head)], y, {scope(head.needs): 2.0}, [x.state])
     meter = Meter()
     for metric in preference_metrics(x, [Term(head)], parts, scores):

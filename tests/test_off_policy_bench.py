@@ -113,6 +113,7 @@ def test_one_step_on_real_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [r["responses"] for r in scored] != [r["responses"] for r in shuffled]
 
 
+@pytest.mark.slow
 def test_a_step_on_the_sandbox(
     world: World,  # noqa: F811
     tmp_path: Path,

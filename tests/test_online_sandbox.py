@@ -50,7 +50,12 @@ def test_there_are_four_recipes() -> None:
     ]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=[p.stem for p in RECIPES])
+ONE = "online-copg-sandbox"  # of the fast ones
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=() if p.stem == ONE else pytest.mark.slow) for p in RECIPES]
+)
 def test_recipe_from_training_to_report(path: Path, sandbox: Sandbox, tmp_path: Path) -> None:
     """Two steps of it on a smaller sandbox: the adapter moves, exports, and is reported."""
     words = [f"model.name_or_path={sandbox.model}", f"data.train={sandbox.train}", f"data.eval={sandbox.eval}"]

@@ -244,7 +244,7 @@ _SLOW = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize("how", ["1", "2", "batch"])
+@pytest.mark.parametrize("how", ["2", *(pytest.param(h, marks=pytest.mark.slow) for h in ("1", "batch"))])
 def test_kill_9_loses_and_repeats_nothing_that_was_committed(tmp_path: Path, how: str) -> None:
     """Killed twice in the middle, with a torn line on the second: the same bytes as one that was left alone."""
     write(tmp_path / "in.jsonl", 200)

@@ -78,6 +78,7 @@ def test_on_par_is_said_by_the_whole_interval() -> None:
     assert two_grpo.on_par(Interval(1.0, math.nan)) == "one seed says nothing"
 
 
+@pytest.mark.slow
 def test_all_of_it_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert two_grpo.main(["--quick", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "two_grpo.md").read_text()
