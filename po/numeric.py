@@ -1,4 +1,4 @@
-"""Masked arithmetic over the last axis, with finite gradients where the mask is False. What heads share."""
+"""What heads share: masked arithmetic over the last axis, with finite gradients where the mask is False, and more."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _NEG = -1e30  # finite, so that 0 * _NEG stays 0 and no NaN enters the backward pass
 
@@ -142,3 +142,17 @@ def whiten(x: Tensor, where: Tensor, unbiased: bool = False) -> Tensor:
     n = where.sum(-1, keepdim=True)
     var = center.square().sum(-1, keepdim=True) / (n - int(unbiased)).clamp(min=1)
     return center * var.clamp(min=1e-8).rsqrt()
+
+
+class Value(nn.Module):
+    """Hidden states (T, L, D) -> {"value": (T,)}, from the last layer, which it does not train."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden_TLD: Tensor) -> dict[str, Tensor]:
+        last_TD = hidden_TLD[:, -1].detach().to(self.linear.weight.dtype)
+        return {"value": self.linear(last_TD).squeeze(-1)}

@@ -27,10 +27,11 @@ from unpaired_support import (
 )
 
 from po.heads.d2o import D2O
-from po.heads.dro_v import DROV, Value
+from po.heads.dro_v import DROV
 from po.heads.hypo_kl import HyPOKL
 from po.heads.pmpo import PMPO
 from po.heads.selm import SELM
+from po.numeric import Value
 from po.types import Head, HeadInput
 
 COVERED: set[type[Head]] = {DROV, PMPO, D2O, SELM, HyPOKL}

@@ -24,23 +24,10 @@ from typing import Annotated, ClassVar
 
 import torch
 from annotated_types import Gt
-from torch import Tensor, nn
+from torch import nn
 
+from po.numeric import Value
 from po.types import Head, HeadInput, HeadOutput, Needs
-
-
-class Value(nn.Module):
-    """Hidden states (T, L, D) -> {"value": (T,)}, from the last layer, which it does not train."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-
-    def forward(self, hidden_TLD: Tensor) -> dict[str, Tensor]:
-        last_TD = hidden_TLD[:, -1].detach().to(self.linear.weight.dtype)
-        return {"value": self.linear(last_TD).squeeze(-1)}
 
 
 @dataclass(frozen=True)
