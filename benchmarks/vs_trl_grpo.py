@@ -16,7 +16,8 @@ is forward, backward and the optimizer. Without Triton, so on every CPU, TRL put
 prompts and padding included; with it only completions. Third side, `trl-lean`: TRL told to do so here too, which is
 nearer to what it does on a GPU.
 
-Curves: a small llama with a vocabulary of 1024, up to 32 new tokens, many steps and seeds: mean reward along the run.
+Curves: a small llama with a vocabulary of 64, up to 16 new tokens, 24 steps and many seeds: mean reward along the run,
+which must rise. And TRL's trainer on the samples of a run of po's, which must train the same weights.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median, stdev
 from typing import Any
 
 import vs_trl
+from harness.grpo_report import SIDES, agreement, curves, times
 
 PROMPTS, K = 2, 8  # of a step
-vs_trl.SIZES[1024] = (64, 128, 2)
+vs_trl.SIZES[64] = (64, 128, 2)
 REWARD = """
 def low(completion_ids, **columns):
     return [sum(token < {half} for token in ids) / len(ids) for ids in completion_ids]
@@ -225,89 +226,50 @@ def measure(side: str, folder: Path, seeds: Sequence[int]) -> list[dict[str, Any
     return [json.loads(line[7:]) for line in lines]
 
 
-SIDES = ("trl", "trl-lean", "po")
-PARTS = ("whole step", "sampling", "training")
+def same(folder: Path) -> None:
+    """`po`'s run, and TRL's trainer on the samples of that very run instead of its own: the largest differences."""
+    given, clock = Setting.read(folder), Clock()
+    po = side_po(folder, given, 0, clock)
+    po.train()
+    sampled: dict[int, list[Any]] = {}
+    for line in next(folder.glob("po-0-*/rollouts/rank0.jsonl")).read_text().splitlines():
+        row = json.loads(line)
+        sampled.setdefault(row["round"], []).append(row)
+    rounds = iter([sorted(rows, key=lambda row: int(row["place"])) for _, rows in sorted(sampled.items())])
 
+    def given_samples(prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple[list[list[int]], None]:
+        rows = next(rounds)
+        assert prompts == [row["prompt_ids"] for row in rows for _ in row["responses"]]
+        return [answer["token_ids"] for row in rows for answer in row["responses"]], None
 
-def parts(run: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Median wall and CPU seconds of a step's parts."""
-    steps = run["steps"]
-    pick = {
-        "whole step": [(w, c) for w, c, _, _ in steps],
-        "sampling": [(w, c) for _, _, w, c in steps],
-        "training": [(w - sw, c - sc) for w, c, sw, sc in steps],
-    }
-    return {name: (median(w for w, _ in x), median(c for _, c in x)) for name, x in pick.items()}
-
-
-def times(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A table of medians over turns, and how many times po's the other sides' are; of wall time also over the turns."""
-    found = {side: [parts(run) for run in some] for side, some in runs.items()}
-    lines = [
-        "| of a step | | wall s | CPU s | wall / po's | least to most of the turns | CPU / po's |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in PARTS:
-        mid = {side: [median(p[name][i] for p in some) for i in (0, 1)] for side, some in found.items()}
-        for side, (wall, cpu) in mid.items():
-            turns = [a[name][0] / b[name][0] for a, b in zip(found[side], found["po"])]
-            ratios = f"{wall / mid['po'][0]:.2f}x | {min(turns):.2f} to {max(turns):.2f} | {cpu / mid['po'][1]:.2f}x"
-            lines.append(f"| {name} | {side} | {wall:.2f} | {cpu:.2f} | {'| |' if side == 'po' else ratios} |")
-    gib = {side: median(run["gib"] for run in some) for side, some in runs.items()}
-    length = {side: mean(mean(run["length"]) for run in some) for side, some in runs.items()}
-    memory = ", ".join(f"{side} {x:.2f} GiB" + f" ({x / gib['po']:.2f}x)" * (side != "po") for side, x in gib.items())
-    tokens = ", ".join(f"{side} {x:.1f}" for side, x in length.items())
-    return [*lines, "", f"Peak memory of the process: {memory}. Tokens of a completion, mean: {tokens}."]
-
-
-def spread(values: Sequence[float]) -> float:
-    """The standard error of a mean."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-
-
-def curves(runs: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Mean rewards over seeds along the run, and how many standard errors the sides differ by."""
-    lines = ["| step | TRL reward | po reward | difference / its standard error |", "|---|---|---|---|"]
-    last = len(runs["po"][0]["reward"])
-    gaps = []
-    for step in range(last):
-        a, b = ([run["reward"][step] for run in runs[side]] for side in ("trl", "po"))
-        error = (spread(a) ** 2 + spread(b) ** 2) ** 0.5
-        gaps.append((mean(a) - mean(b)) / error)
-        if step % max(1, last // 6) == 0 or step == last - 1:
-            lines.append(
-                f"| {step + 1} | {mean(a):.4f} ± {spread(a):.4f} | {mean(b):.4f} ± {spread(b):.4f} | {gaps[-1]:+.1f} |"
-            )
-    a, b = ([mean(run["reward"]) for run in runs[side]] for side in ("trl", "po"))
-    whole = (mean(a) - mean(b)) / (spread(a) ** 2 + spread(b) ** 2) ** 0.5
-    beyond = sum(abs(g) > 2 for g in gaps)
-    return [
-        *lines,
-        "",
-        f"± is the standard error over {len(a)} seeds. Mean reward of a run: TRL {mean(a):.4f} ± {spread(a):.4f}, po "
-        f"{mean(b):.4f} ± {spread(b):.4f}, {whole:+.1f} standard errors apart; {beyond} of {last} steps differ by more "
-        "than 2.",
-    ]
+    trl = side_trl(folder, given, 0, clock)
+    trl._generate_single_turn = given_samples
+    trl.train()
+    logs = [[entry for entry in t.state.log_history if "loss" in entry] for t in (trl, po)]
+    assert len(logs[0]) == len(logs[1]) == given.steps
+    names = ("reward", "grad_norm", "entropy")
+    print("RESULT " + json.dumps({n: max(abs(a[n] - b[n]) for a, b in zip(*logs)) for n in names}), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side, for speed")
-    parser.add_argument("--seeds", type=int, default=5, help="of each side, for the curves")
+    parser.add_argument("--seeds", type=int, default=12, help="of each side, for the curves")
     parser.add_argument("--steps", type=int, nargs=2, default=(4, 24), help="of the runs for speed, and of the curves'")
     parser.add_argument("--out", type=Path, help="a folder for vs_trl_grpo.md")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=[*SIDES, "same"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--these", type=int, nargs="+", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.side:
-        run_side(given.side, given.folder, given.these)
+        same(given.folder) if given.side == "same" else run_side(given.side, given.folder, given.these)
         return
-    speed, learning = Setting(32000, 128, 128, 5e-4, given.steps[0]), Setting(1024, 32, 64, 2e-3, given.steps[1])
+    speed, learning = Setting(32000, 128, 128, 5e-4, given.steps[0]), Setting(64, 16, 32, 5e-3, given.steps[1])
     report = []
     with tempfile.TemporaryDirectory() as name:
         if given.seeds > 1:
             learning.make(folder := Path(name) / "curves")
+            report += [*agreement(*measure("same", folder, [0])), ""]
             report += curves({side: measure(side, folder, range(given.seeds)) for side in ("trl", "po")})
             print("\n".join(report), flush=True)
         if given.repeats:

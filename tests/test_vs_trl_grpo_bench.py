@@ -11,7 +11,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
-from vs_trl_grpo import PROMPTS, Setting, curves, measure, parts, times
+from harness.grpo_report import curves, parts, times
+from vs_trl_grpo import PROMPTS, Setting, measure
 
 
 def run(wall: float, sampling: float, reward: list[float]) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def test_curves_that_differ_are_said_to() -> None:
 def test_a_side_runs(side: str, tmp_path: Path) -> None:
     if side != "po":
         pytest.importorskip("trl")
-    setting = Setting(vocabulary=1024, tokens=6, stop_every=16, learning_rate=1e-3, steps=3)
+    setting = Setting(vocabulary=64, tokens=6, stop_every=16, learning_rate=1e-3, steps=3)
     setting.make(tmp_path / "world")
     assert Setting.read(tmp_path / "world") == setting
     assert len((tmp_path / "world" / "prompts.jsonl").read_text().splitlines()) == 3 * PROMPTS
@@ -55,3 +56,12 @@ def test_a_side_runs(side: str, tmp_path: Path) -> None:
     assert len(found["reward"]) == 3
     assert all(0 < reward < 1 for reward in found["reward"])
     assert all(1 <= length <= 6 for length in found["length"])
+
+
+def test_trls_trainer_makes_the_same_of_pos_samples(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    Setting(vocabulary=64, tokens=8, stop_every=16, learning_rate=5e-3, steps=4).make(tmp_path)
+    (found,) = measure("same", tmp_path, [0])
+    assert found["reward"] < 1e-6
+    assert found["grad_norm"] < 1e-4
+    assert found["entropy"] < 1e-4
