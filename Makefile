@@ -11,9 +11,9 @@ EXTRAS ?= test,wandb,trl
 demo: install
 	$(BIN)/python -m po.sandbox demo
 
-# One process for each core; a file's tests stay together, since they share what they build.
+# One process for each core.
 test: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 slow: install
 	$(BIN)/python -m pytest -m slow

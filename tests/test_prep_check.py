@@ -241,6 +241,7 @@ def test_limits(tmp_path: Path) -> None:
     assert found(check, allow=allowed(["duplicates=0.25"]))["duplicates"].fine
 
 
+@pytest.mark.slow
 def test_the_scripts(tmp_path: Path) -> None:
     """Exit code 2 beyond a limit; JSON and page; show prints the scored tokens, and what becomes of other rows."""
     write(tmp_path / "x.jsonl", [*plain(3), {**plain(1)[0], "id": "again"}])

@@ -207,7 +207,7 @@ def test_format_pairs_come_from_right_answers_in_the_format(tmp_path: Path) -> N
     assert report["dropped"] == {"no right answer": 1, "no right answer in the format": 1}
 
 
-@pytest.mark.parametrize("name", ["pair", "subset", "repair"])
+@pytest.mark.parametrize("name", ["pair", *(pytest.param(n, marks=pytest.mark.slow) for n in ("subset", "repair"))])
 def test_scripts_run_by_themselves_with_help_and_exit_codes(tmp_path: Path, name: str) -> None:
     assert f"example:\n  python data_prep/{name}.py" in script(name).arguments().format_help()
     kind = {"pair": [], "subset": ["weights"], "repair": ["strength"]}[name]

@@ -323,6 +323,7 @@ def test_earlier_runs_stay(tmp_path: Path) -> None:
     assert fresh(tmp_path / "q") == tmp_path / "q-3"
 
 
+@pytest.mark.slow
 def test_demo_elsewhere_says_where_to_run_it(tmp_path: Path) -> None:
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": str(root)}

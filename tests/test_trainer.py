@@ -44,7 +44,9 @@ def logs(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("case", ["pairs", "sets", "full", "unshared"])
+@pytest.mark.parametrize(
+    "case", ["pairs", "sets", *(pytest.param(c, marks=pytest.mark.slow) for c in ("full", "unshared"))]
+)
 def test_micro_batches_and_accumulation_change_nothing(world: Path, case: str) -> None:
     """Group and token units, LoRA and all weights; 21 and 13 rows leave an uneven last step."""
     changes: dict[str, Any] = {"data": {"train": str(world / "pairs.jsonl"), "cache_dir": str(world / "cache")}}

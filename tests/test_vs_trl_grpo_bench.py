@@ -42,6 +42,7 @@ def test_curves_that_differ_are_said_to() -> None:
     assert curves({"trl": same, "po": other})[-1].endswith("1 of 2 steps differ by more than 2.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["trl-lean", "po"])
 def test_a_side_runs(side: str, tmp_path: Path) -> None:
     if side != "po":
