@@ -254,7 +254,7 @@ def same(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side, for speed")
-    parser.add_argument("--seeds", type=int, default=12, help="of each side, for the curves")
+    parser.add_argument("--seeds", type=int, default=24, help="of each side, for the curves")
     parser.add_argument("--steps", type=int, nargs=2, default=(4, 24), help="of the runs for speed, and of the curves'")
     parser.add_argument("--out", type=Path, help="a folder for vs_trl_grpo.md")
     parser.add_argument("--side", choices=[*SIDES, "same"], help=argparse.SUPPRESS)
