@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from po.batch import Batch, LookUp
 from po.errors import UserError
 from po.logprob import Against, Want, against, score
 from po.spec import ReferenceSpec, Term
+from po.unwrap import unwrapped
 
 
 class RefParts(NamedTuple):
@@ -90,7 +91,7 @@ class AdapterOff:
 
     @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch, *, hidden: bool = False, kl: bool = False) -> RefParts:
-        with _peft(model).disable_adapter():
+        with unwrapped(model).disable_adapter():
             return _parts(model, batch, hidden, kl, None)
 
 
@@ -98,12 +99,6 @@ def _parts(model: nn.Module, batch: Batch, hidden: bool, kl: bool, head_of: nn.M
     seen = score(model, batch.stream, Want(batch.temperature, hidden=hidden, final=kl))
     target = None if seen.final_TD is None else against(seen.final_TD, head_of, batch.temperature)
     return RefParts(seen.logp_T.float(), seen.hidden_TLD, target)
-
-
-def _peft(model: Any) -> Any:
-    while not hasattr(model, "disable_adapter"):
-        model = model.module  # DDP, DeepSpeed
-    return model
 
 
 def check_live(terms: Sequence[Term], reference: ReferenceSpec) -> None:

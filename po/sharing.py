@@ -18,6 +18,7 @@ from po.attention import NAME, Seen, watch
 from po.errors import NumericsError, UserError
 from po.forest import Forest, Padded
 from po.logprob import score
+from po.unwrap import unwrapped
 
 _ATTENTION = {"full_attention", "sliding_attention"}
 _PLAIN_FORWARDS = 4  # responses that `verify` compares; the same on every rank, since ZeRO-3's forwards are collective
@@ -105,7 +106,7 @@ def verify(model: nn.Module, stream: Forest | Padded, tolerance: float | None = 
     """
     rows = list(_sequences(stream))
     picked = [rows[i * (len(rows) - 1) // (_PLAIN_FORWARDS - 1)] for i in range(_PLAIN_FORWARDS)]
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     with watch() as seen:
         logp_T = score(model, stream).logp_T
         with _logit_dtype(inner) as dtypes:
@@ -126,7 +127,7 @@ def verify(model: nn.Module, stream: Forest | Padded, tolerance: float | None = 
 
 def _gap(model: nn.Module, logp_T: Tensor, ids_L: Tensor, target_R: Tensor, start: int) -> float:
     n = target_R.numel()
-    accepts = signature(type(_unwrapped(model)).forward).parameters
+    accepts = signature(type(unwrapped(model)).forward).parameters
     keep = {"logits_to_keep": n} if "logits_to_keep" in accepts else {}
     logits_RV = model(input_ids=ids_L[None], use_cache=False, **keep).logits[0, -n:]
     logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
@@ -176,10 +177,3 @@ def _logit_dtype(model: Any) -> Iterator[list[torch.dtype]]:
         yield dtypes
     finally:
         hook.remove()
-
-
-def _unwrapped(model: Any) -> Any:
-    """The transformers model below DDP, DeepSpeed and the like; PEFT passes its attributes on."""
-    while isinstance(getattr(model, "module", None), nn.Module):  # DeepSpeed passes attributes on, so they tell nothing
-        model = model.module
-    return model

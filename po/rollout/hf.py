@@ -24,6 +24,7 @@ from po.errors import UserError
 from po.rollout.choose import Choose, Chosen
 from po.rollout.decode import copies, decode
 from po.rollout.sampler import Sampled, Sampling, counts
+from po.unwrap import unwrapped
 
 
 class HFSampler:
@@ -129,15 +130,13 @@ class HFSampler:
 
 def bare(model: Any) -> Any:
     """The transformers model below DDP, DeepSpeed and PEFT. PEFT's layers stay in it, and in force."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    model = unwrapped(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def adapted(model: Any) -> Any:
     """The PEFT model below DDP and DeepSpeed."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    model = unwrapped(model)
     assert hasattr(model, "disable_adapter"), f"{type(model).__name__} has no adapter to switch off"
     return model
 

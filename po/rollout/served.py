@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from po.errors import UserError
 from po.logprob import GATES
+from po.unwrap import unwrapped
 
 
 class Served(NamedTuple):
@@ -39,8 +40,7 @@ class Served(NamedTuple):
 
 def served(model: Any) -> list[Served]:
     """All weights as the base model's own files name them. Raises UserError for 4-bit weights."""
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module
+    model = unwrapped(model)
     layers = {name: m for name, m in model.named_modules() if hasattr(m, "merge") and hasattr(m, "base_layer")}
     out = []
     for name, p in model.named_parameters():
