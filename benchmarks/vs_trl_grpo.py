@@ -255,6 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes of each side, for speed")
     parser.add_argument("--seeds", type=int, default=24, help="of each side, for the curves")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of the curves' seeds")
     parser.add_argument("--steps", type=int, nargs=2, default=(4, 24), help="of the runs for speed, and of the curves'")
     parser.add_argument("--out", type=Path, help="a folder for vs_trl_grpo.md")
     parser.add_argument("--side", choices=[*SIDES, "same"], help=argparse.SUPPRESS)
@@ -270,7 +271,8 @@ def main() -> None:
         if given.seeds > 1:
             learning.make(folder := Path(name) / "curves")
             report += [*agreement(*measure("same", folder, [0])), ""]
-            report += curves({side: measure(side, folder, range(given.seeds)) for side in ("trl", "po")})
+            seeds = range(given.first_seed, given.first_seed + given.seeds)
+            report += curves({side: measure(side, folder, seeds) for side in ("trl", "po")})
             print("\n".join(report), flush=True)
         if given.repeats:
             speed.make(folder := Path(name) / "speed")
