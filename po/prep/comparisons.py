@@ -14,7 +14,7 @@ from po.data.read import Record
 from po.data.report import Problem, describe
 from po.prep.agreement import kendall_tau
 from po.prep.curatron import CLIP, Completed, Floats, Method, borda, complete, observed_logits
-from po.prep.sets import read_set
+from po.prep.rows import read_set
 from po.prep.step import Outcome
 from po.spec import Source
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from po.data.read import Record
 from po.prep.pairing import NAMES, Balance, Pair, Policy, Rules, balance, lot, number_of, pairs, policy_of
-from po.prep.sets import ScoredSet, pair_of, read_set
+from po.prep.rows import ScoredSet, pair_of, read_set
 from po.prep.specs import corrupt, in_format
 from po.prep.step import Outcome
 from po.spec import Source

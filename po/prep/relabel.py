@@ -13,7 +13,7 @@ from po.data.read import Record
 from po.data.report import Problem
 from po.prep.pairing import lot
 from po.prep.pseudo import Scores, labels
-from po.prep.sets import ScoredSet, numbers, read_set
+from po.prep.rows import ScoredSet, numbers, read_set
 from po.prep.step import Outcome
 from po.prep.strength import Bands, Strength, mend
 from po.spec import Source

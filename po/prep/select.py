@@ -12,7 +12,7 @@ from po.prep import uncertainty
 from po.prep.embed import embed
 from po.prep.medoids import ENUMERATED, Medoids
 from po.prep.pairing import lot
-from po.prep.sets import ScoredSet, numbers, read_set
+from po.prep.rows import ScoredSet, numbers, read_set
 from po.prep.step import Outcome
 from po.prep.subsets import best_of, bottom_k, coreset, deviation_weights, opt_select, without_median
 from po.prep.uncertainty import Measure, Most
