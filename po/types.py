@@ -252,6 +252,8 @@ class Needs:
     columns: tuple[str, ...] = ()  # numbers that every row must carry
     response_columns: tuple[str, ...] = ()  # numbers that every response must carry
     token_columns: tuple[str, ...] = ()  # lists of numbers, one per token, that every response must carry
+    group_size: int | None = None  # with layout "set": exactly so many responses
+    samples_from: Literal["prompt", "privileged"] | None = None  # the only prompt that its samples may answer
     single: bool = False  # with layout "set": takes responses one by one, so that a row may have one alone
     hidden: Literal["policy", "ref"] | None = None  # fed to the module from build()
     raw_logps: bool = False  # with a reference: reads log pi other than through log pi/ref

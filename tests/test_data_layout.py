@@ -165,6 +165,12 @@ def test_what_the_data_lacks_is_said_with_head_need_and_row() -> None:
         "data.train: head 'Sampled' needs the sampler's logps of every response; train.jsonl:1 has none. "
         "Sample them again with log-probs."
     )
+    two = example((1.0, 0.0), logps=((0.0, 0.0),) * 2)
+    assert check_needs(terms("grpo2"), [two], "data.train") == "set"
+    assert refused(terms("grpo2"), example((1.0, 0.0, 2.0), logps=((0.0, 0.0),) * 3)) == (
+        "data.train: head 'grpo2' needs sets of exactly 2 responses; train.jsonl:1 has none. "
+        "Make such sets (data_prep/subset.py), or use a head for any number."
+    )
     assert refused(terms("dpo", "infonca"), SET) == (
         "data.train: heads 'dpo' (pair) and 'infonca' (set) want different batches; one recipe trains on one layout"
     )

@@ -188,7 +188,10 @@ def _wants(needs: Needs, layout: Layout) -> Iterator[tuple[Callable[[Example], b
         yield partial(_lacks, name, "token_columns"), f"numbers {name!r} of every response's tokens", do
     if layout == needs.layout == "pair":
         yield _no_pair, "two responses with a preference", "Give rows chosen and rejected, or scored responses."
-    if layout == needs.layout == "set" and not needs.single:
+    if needs.group_size is not None:
+        do = "Make such sets (data_prep/subset.py), or use a head for any number."
+        yield lambda e: len(e.response_ids) != needs.group_size, f"sets of exactly {needs.group_size} responses", do
+    elif layout == needs.layout == "set" and not needs.single:
         yield lambda e: len(e.response_ids) < 2, "a second response to every prompt", "Add one, or use head 'sft'."
 
 

@@ -35,7 +35,9 @@ from po.types import Head, HeadInput, HeadOutput, Needs
 
 @dataclass(frozen=True)
 class GRPO2(Head):
-    needs: ClassVar[Needs] = Needs(layout="set", unit="response", reward=True, behaviour=True, correction=True)
+    needs: ClassVar[Needs] = Needs(
+        layout="set", unit="response", reward=True, behaviour=True, correction=True, group_size=2
+    )
 
     epsilon_low: Annotated[float, Gt(0), Le(1)] = 0.2
     epsilon_high: Annotated[float, Gt(0)] = 0.28

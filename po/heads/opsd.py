@@ -39,6 +39,7 @@ class OPSD(Head):
         behaviour=True,
         correction=True,
         privileged=True,
+        samples_from="prompt",
         stops_gradient=True,
     )
 

@@ -44,6 +44,7 @@ class PiDistill(Head):
         behaviour=True,
         correction=True,
         privileged=True,
+        samples_from="privileged",
         stops_gradient=True,
     )
 

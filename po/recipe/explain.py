@@ -59,6 +59,7 @@ def _default(value: object) -> str:
 
 def _needs(needs: Needs) -> str:
     rows = "sets of K >= 1 responses, taken one by one" if needs.single else _LAYOUTS[needs.layout]
+    rows += f", K = {needs.group_size}" if needs.group_size is not None else ""
     lines = [f"rows: {rows}", f"averaged over: {needs.unit}s"]
     wants = {
         "reference log-probs (`reference:`)": needs.reference,

@@ -110,13 +110,9 @@ def _heads(recipe: Recipe, spec: RolloutSpec, report: Report) -> None:
             report.wrong(
                 ("loss",), f"head {name!r} needs a number {column!r} on every response; name a reward that computes it."
             )
-        _own(term.head, name, spec, report)
+        _groups(term.head, name, spec, report)
         reads_rewards |= needs.reward or needs.layout == "pair"
         reads_labels |= needs.label or needs.layout in ("unpaired", "labelled")
-        if _compares(term.head) and spec.num_generations + spec.own_responses < 2:
-            report.wrong(
-                ("rollout", "num_generations"), f"head {name!r} compares responses; sample at least 2 of each prompt."
-            )
     if not spec.rewards and (reads_rewards or spec.label_above is not None or spec.gold != "never"):
         report.wrong(("rollout", "rewards"), "is missing; expected at least one, e.g. `rewards: {verifier: math}`.")
     if reads_labels and spec.label_above is None and not spec.own_responses:
@@ -133,12 +129,18 @@ def _heads(recipe: Recipe, spec: RolloutSpec, report: Report) -> None:
         report.wrong(("rollout", "correction"), "has no effect: no head of the recipe applies it; leave it out.")
 
 
-def _own(head: Head, name: str, spec: RolloutSpec, report: Report) -> None:
-    """What only some heads ask of samples."""
-    if name == "grpo2" and spec.num_generations + spec.own_responses != 2:
+def _groups(head: Head, name: str, spec: RolloutSpec, report: Report) -> None:
+    """How many samples of a prompt a head compares, how long they are, and which prompt they answer."""
+    size, wanted = spec.num_generations + spec.own_responses, head.needs.group_size
+    if wanted not in (None, size):
         report.wrong(
             ("rollout", "num_generations"),
-            f"is {spec.num_generations}, and head 'grpo2' compares exactly 2 responses; write 2, or use head 'grpo'.",
+            f"is {spec.num_generations}, and head {name!r} compares exactly {wanted} responses; write "
+            f"{wanted - spec.own_responses}, or use a head for any number.",
+        )
+    elif _compares(head) and size < 2:
+        report.wrong(
+            ("rollout", "num_generations"), f"head {name!r} compares responses; sample at least 2 of each prompt."
         )
     asked = getattr(head, "max_completion_length", spec.max_completion_length)
     if asked != spec.max_completion_length:
@@ -147,9 +149,8 @@ def _own(head: Head, name: str, spec: RolloutSpec, report: Report) -> None:
             f"head {name!r} divides by max_completion_length {asked}, and rollout.max_completion_length is "
             f"{spec.max_completion_length}; write the same number.",
         )
-    teacher = name == "pi_distill"
-    if teacher != (spec.sample_from == "privileged") and (teacher or not head.needs.privileged or name == "opsd"):
-        source = "privileged" if teacher else "prompt"
+    source = head.needs.samples_from or (None if head.needs.privileged else "prompt")
+    if source not in (None, spec.sample_from):
         report.wrong(
             ("rollout", "sample_from"), f"is {spec.sample_from!r}; head {name!r} is for samples from {source!r}."
         )
