@@ -15,17 +15,18 @@ from po.spec import LoraSpec, ModelSpec
 from po.weights import is_adapter, locate, read_config, weight_files
 
 
-def add_adapter(net: Any, model: ModelSpec, lora: LoraSpec) -> nn.Module:
+def add_adapter(net: Any, model: ModelSpec, lora: LoraSpec, task_type: str = "CAUSAL_LM") -> nn.Module:
     """Freeze `net` and put a new adapter on it that changes nothing yet (B = 0).
 
-    An embedding that is also the LM head stays one with it. Raises UserError for a name that matches no module (PEFT
-    ignores it where another name matches) and for modules that LoRA cannot train.
+    An embedding that is also the LM head stays one with it. task_type is PEFT's: SEQ_CLS trains the score head as well.
+    Raises UserError for a name that matches no module (PEFT ignores it where another name matches) and for modules that
+    LoRA cannot train.
     """
     from peft import LoraConfig, get_peft_model
 
     _check_names(net, lora)
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,13 @@ def prepare(
     tokenizer_key: str,
     split: str,
     wanted: Wanted = NOTHING_MORE,
+    encoder: Callable[[Any, str], Encoder] = Encoder,
 ) -> Prepared:
     """Rows of `sources` as Examples, from the cache where it has them.
 
     tokenizer_key must cover the tokenizer's files and chat template. split ("train", "eval") is for messages.
-    wanted: what the heads read beyond the ordinary.
+    wanted: what the heads read beyond the ordinary. encoder: makes what renders rows of tokenizer and key; the key must
+    cover what it adds to the tokenizer.
     Raises UserError for sources that cannot be opened, and where bad or overlong rows exceed what the spec allows.
     """
     if spec.max_length < 2:
@@ -67,7 +69,7 @@ def prepare(
     folder = cache_dir(spec) / key
     with _locked(folder):
         if not sound(folder):
-            _fill(folder, Build(opened, Encoder(tokenizer, tokenizer_key), limits, spec.num_proc, split, wanted))
+            _fill(folder, Build(opened, encoder(tokenizer, tokenizer_key), limits, spec.num_proc, split, wanted))
     report = replace(DataReport.from_json(json.loads((folder / REPORT).read_text())), split=split)
     enforce(report, spec)
     return Prepared(Examples(folder / EXAMPLES), report, key)

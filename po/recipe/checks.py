@@ -38,6 +38,18 @@ def check(recipe: Recipe, given: Mapping[str, Any], report: Report) -> Recipe:
     return recipe
 
 
+def check_shared(recipe: Recipe, given: Mapping[str, Any], report: Report) -> None:
+    """The part of `check` that does not depend on heads, for recipes that have none."""
+    broken = frozenset(report.broken)
+    zero = _zero(recipe, "train" not in broken, report) if "deepspeed" not in broken else 0
+    if broken.isdisjoint(("model", "lora")):
+        _lora(recipe, zero, report)
+    if "data" not in broken:
+        _data(recipe, False, report)
+    if broken.isdisjoint(("data", "train")):
+        _train(recipe, given, report)
+
+
 def _adapted(recipe: Recipe) -> bool:
     return recipe.lora is not None or recipe.model.adapter is not None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from po.aliases import HYPERPARAMETERS, LOSS_KEYS, MOVED
@@ -15,18 +15,21 @@ from po.recipe.text import Keys, override, show
 from po.recipe.translate import KEYS, canonical, expand
 
 
-def apply(tree: Tree, word: str, report: Report) -> None:
-    """One override on a canonical tree, in place; what is wrong with it is reported."""
+def apply(tree: Tree, word: str, report: Report, known: Sequence[str] = KEYS) -> None:
+    """One override on a canonical tree, in place; what is wrong with it is reported.
+
+    known: the keys of the top level; peers' flat names are those of a policy's recipe alone.
+    """
     try:
         keys, value = override(word)
     except UserError as e:
         report.problems.append(str(e))
         return
-    if len(keys) == 1 and keys[0] not in KEYS:
+    if len(keys) == 1 and keys[0] not in known and known is KEYS:
         _flat(tree, str(keys[0]), value, report)
-    elif keys[0] not in KEYS:
-        near = suggest(str(keys[0]), KEYS)
-        report.problems.append(f"command line: {show(keys)}: unknown key.{near} A recipe has: {', '.join(KEYS)}.")
+    elif keys[0] not in known:
+        near = suggest(str(keys[0]), known)
+        report.problems.append(f"command line: {show(keys)}: unknown key.{near} A recipe has: {', '.join(known)}.")
     else:
         place = _set(tree, keys, value, report)
         if place:

@@ -38,7 +38,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         "resume": recipe.resume,
         "seed": recipe.seed,
     }
-    return {k: _plain(v, k) for k, v in out.items()}
+    return {k: plain(v, k) for k, v in out.items()}
 
 
 def _term(term: Term) -> dict[str, Any]:
@@ -46,11 +46,12 @@ def _term(term: Term) -> dict[str, Any]:
     return {"head": name_of(term.head), "weight": term.weight, **own}
 
 
-def _plain(node: Any, key: str) -> Any:
+def plain(node: Any, key: str) -> Any:
+    """Mappings, lists and scalars, secrets taken out; key: the node's own name."""
     if isinstance(node, str) and node and _SECRET.search(key):
         return REDACTED
     if isinstance(node, Mapping):
-        return {str(k): _plain(v, str(k)) for k, v in node.items()}
+        return {str(k): plain(v, str(k)) for k, v in node.items()}
     if isinstance(node, list | tuple):
-        return [_plain(v, key) for v in node]
+        return [plain(v, key) for v in node]
     return node

@@ -117,14 +117,15 @@ def folder_of(name: str, where: str) -> Any:
     return folder
 
 
-def _right_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: str) -> tuple[Tensor, Tensor]:
+def right_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (N, L) each."""
     length = max(map(len, sequences))
     ids_NL = [[*s, *[pad_id] * (length - len(s))] for s in sequences]
     mask_NL = [[1] * len(s) + [0] * (length - len(s)) for s in sequences]
     return torch.tensor(ids_NL, device=device), torch.tensor(mask_NL, device=device)
 
 
-def laid_out(coded: Sequence[Coded], device: str) -> Padded:
+def laid_out(coded: Sequence[Coded], device: Any) -> Padded:
     """One row per completion, on the device; completion n owns slot n."""
     stream = pad([(p, [r]) for p, r in coded], 1)
     return Padded(**{k: v.to(device) for k, v in vars(stream).items()})
@@ -171,7 +172,7 @@ class Classifier(Model):
 
     def rewards(self, coded: Sequence[Coded]) -> list[float]:
         """The logit at each sequence's end."""
-        ids_NL, mask_NL = _right_padded([p + r for p, r in coded], self._pad or 0, self._device)
+        ids_NL, mask_NL = right_padded([p + r for p, r in coded], self._pad or 0, self._device)
         logits_N1 = self._net(input_ids=ids_NL, attention_mask=mask_NL).logits
         return [float(x) for x in logits_N1[:, 0].float().tolist()]
 
