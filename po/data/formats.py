@@ -90,7 +90,8 @@ def _row(view: View, record: Record) -> Row | None:
     made = _facts(view, candidates, chosen_first)
     sampled = beside.sampled(view, candidates)
     prompt_embedding, columns = extras.read_prompt_embedding(view), extras.read_columns(view)
-    lacking = not chosen_first and len(candidates) > 1 and not faults.found and not prompts
+    free = chosen_first or prompts or view.wanted.unscored
+    lacking = not free and len(candidates) > 1 and not faults.found
     if lacking and made[0]["reward"] is None and made[0]["label"] is None:
         faults.add(view.notes[1], "a reward, a rank or a label on every response", Say("none"))
     if any(c.rank is not None for c in candidates) and not any(c.reward is not None for c in candidates):
@@ -211,7 +212,8 @@ def _set(view: View) -> list[Candidate]:
     if any(c.at("reward").endswith("overall_score") for c in candidates):
         view.notes.append("UltraFeedback")
     said = ("label", "reward", "rank") if view.wanted.single else ("label",)
-    if len(candidates) < 2 and not (candidates and any(getattr(candidates[0], fact) is not None for fact in said)):
+    enough = view.wanted.unscored or any(getattr(c, fact) is not None for c in candidates for fact in said)
+    if len(candidates) < (1 if enough else 2):
         with_it = "a reward or a label" if view.wanted.single else "a label"
         view.faults.add(name, f"at least two responses, or one with {with_it}", value)
     return candidates

@@ -31,6 +31,7 @@ class Wanted:
     response_columns: tuple[str, ...] = ()  # sorted
     token_columns: tuple[str, ...] = ()  # sorted
     single: bool = False  # a set may be one response with a reward
+    unscored: bool = False  # a set may say nothing of how good its responses are; not for training
     prompts: bool = False  # rows are prompts for a sampler, with all their fields for reward functions
 
     @property

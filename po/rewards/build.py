@@ -53,17 +53,23 @@ def reward_name(spec: RewardSpec) -> str:
 
 
 def build_rewards(
-    specs: Sequence[RewardSpec], *, tokenizer: Any = None, device: str = "cpu", where: str = "rollout.rewards"
+    specs: Sequence[RewardSpec],
+    *,
+    tokenizer: Any = None,
+    device: str = "cpu",
+    where: str | Sequence[str] = "rollout.rewards",
 ) -> Rewards:
     """Start the workers and load the models. The tokenizer serves where completions come without token ids.
 
+    where: of the list of rewards, or of each of them, for messages.
     Raises UserError for what cannot work: a missing function, package, variable or model, options that do not fit.
     """
     entries: list[Entry] = []
+    places = [f"{where}[{i}]" for i in range(len(specs))] if isinstance(where, str) else where
     try:
-        for i, spec in enumerate(specs):
-            entries.append(_entry(spec, device, f"{where}[{i}]"))
-        _check_names(entries, where)
+        for spec, place in zip(specs, places, strict=True):
+            entries.append(_entry(spec, device, place))
+        _check_names(entries, places)
     except BaseException:
         Rewards(entries).close()
         raise
@@ -157,14 +163,14 @@ def _fit(cls: type[T], options: Mapping[str, Any], where: str, ours: Sequence[st
     return cls(**values)
 
 
-def _check_names(entries: Sequence[Entry], where: str) -> None:
+def _check_names(entries: Sequence[Entry], places: Sequence[str]) -> None:
     for i, entry in enumerate(entries):
         before = [e.name for e in entries[:i]]
         if entry.name in before:
-            raise UserError(f"{where}[{i}].name: {entry.name!r} is the name of two rewards; name one of them")
+            raise UserError(f"{places[i]}.name: {entry.name!r} is the name of two rewards; name one of them")
         for option, name in getattr(entry.source, "of", {}).items():
             if name not in before:
                 raise UserError(
-                    f"{where}[{i}].options.{option}: no reward before this one is named {name!r}."
+                    f"{places[i]}.options.{option}: no reward before this one is named {name!r}."
                     f"{suggest(name, before)} Before it: {', '.join(before) or 'none'}"
                 )
