@@ -215,11 +215,12 @@ def test_ranks_without_a_direction_and_swapped_scores_are_refused_whatever_max_b
 
 
 def test_options_and_columns_that_nothing_needed_are_said(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "t.jsonl", [{**r, "rewrds": [1, 2]} for r in GOOD])
+    begun = {**GOOD[0], "prompt": "<s>" + GOOD[0]["prompt"]}
+    path = write_jsonl(tmp_path / "t.jsonl", [{**r, "rewrds": [1, 2]} for r in [begun, *GOOD[1:]]])
     got = run(path, tok=tokenizer(CHATML, bos=False), source={"separator": "A:", "rank_order": "lower_is_better"})
     assert got.report.warnings == (
         "10 rows are plain text: the tokenizer's chat template is not applied to them",
-        "the tokenizer adds no '<s>' to text: write it in prompts if the model wants it",
+        "9 prompts do not begin with '<s>', and the tokenizer adds none: write it if the model wants it",
         "columns that nothing reads: rewrds",
         "separator was given, but no row needed it",
         "rank_order was given, but no row needed it",

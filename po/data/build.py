@@ -81,6 +81,8 @@ class Build:
     def _look(self, row: Row) -> None:
         """What only the row itself shows: the direction of its scores, its kind of text."""
         self.tally.counts["text" if isinstance(row.prompt, str) else "conversations"] += 1
+        if isinstance(row.prompt, str) and not row.prompt.startswith(self.encode.tokenizer.bos_token or ""):
+            self.tally.counts["text_without_bos"] += 1
         scores = [r.reward for r in row.responses if r.reward is not None]
         best, worst = 0, len(row.responses) - 1
         if len(scores) == len(row.responses) > 1 and not row.chosen_first:
@@ -137,8 +139,9 @@ class Build:
             yield f"{c['text']} rows are plain text and {c['conversations']} are conversations"
         if c["text"] and tokenizer.chat_template:
             yield f"{c['text']} rows are plain text: the tokenizer's chat template is not applied to them"
-        if c["text"] and tokenizer.bos_token_id is not None and tokenizer.bos_token_id not in self.encode.lead:
-            yield f"the tokenizer adds no {tokenizer.bos_token!r} to text: write it in prompts if the model wants it"
+        if (n := c["text_without_bos"]) and tokenizer.bos_token_id not in self.encode.lead:
+            bos = tokenizer.bos_token
+            yield f"{n} prompts do not begin with {bos!r}, and the tokenizer adds none: write it if the model wants it"
         if self.unused:
             yield "columns that nothing reads: " + ", ".join(name for name, _ in self.unused.most_common(20))
         for option, mark in (("separator", "split at the separator"), ("rank_order", "ranks")):
