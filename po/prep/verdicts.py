@@ -1,0 +1,68 @@
+"""What a judge said, read strictly: a verdict that is not in the form that was asked for is none."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+_VERDICT = re.compile(r"^\W*verdict\W*:\W*(yes|no)\W*$", re.IGNORECASE)
+_POINTS = re.compile(r"^\W*score\W*:\W*([0-5])(?:\s*/\s*5)?\W*$", re.IGNORECASE)
+
+
+def _only(pattern: re.Pattern[str], text: str) -> tuple[str, str] | None:
+    """What stands on the last line, in the form that was asked for and there alone; and what stands before it."""
+    lines = text.strip().splitlines()
+    found = [m for m in map(pattern.match, lines) if m is not None]
+    if len(found) != 1 or pattern.match(lines[-1]) is None:
+        return None
+    return found[0][1], "\n".join(lines[:-1]).strip()
+
+
+def points(text: str) -> int | None:
+    """0 to 5 from a last line `Score: 4`."""
+    found = _only(_POINTS, text)
+    return None if found is None else int(found[0])
+
+
+def mean_points(texts: Sequence[str]) -> tuple[float | None, int]:
+    """The mean of the verdicts that can be read, and how many cannot."""
+    read = [p for p in map(points, texts) if p is not None]
+    return (math.fsum(read) / len(read) if read else None), len(texts) - len(read)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Verdicts of one answer, `Verdict: yes` or `no` on the last line. critique: what the first no is explained by."""
+
+    yes: int
+    no: int
+    unread: int
+    critique: str | None
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> Vote:
+        """Verdict by verdict; one that cannot be read has no vote."""
+        read = [v for v in (_only(_VERDICT, t) for t in texts) if v is not None]
+        against = [why for said, why in read if said.lower() == "no"]
+        critique = next((why for why in against if why), None)
+        return cls(len(read) - len(against), len(against), len(texts) - len(read), critique)
+
+    @property
+    def value(self) -> float | None:
+        """The share of yes; None where nothing could be read."""
+        return self.yes / (self.yes + self.no) if self.yes + self.no else None
+
+
+def p_yes(top: Sequence[Mapping[str, float]] | None) -> float | None:
+    """P(yes) among yes and no at the first place, over their spellings; None where neither is among the likeliest."""
+    if not top:
+        return None
+    mass = {"yes": 0.0, "no": 0.0}
+    for token, logp in top[0].items():
+        word = token.strip(" \t\n\"'*.,▁Ġ").lower()
+        if word in mass:
+            mass[word] += math.exp(logp)
+    whole = mass["yes"] + mass["no"]
+    return mass["yes"] / whole if whole > 0 else None
