@@ -1,0 +1,188 @@
+"""Pairs made for contrast, mostly by asking a model: revisions (clair, bmc), contrasting circumstances (popalign),
+prompts that tell how good what follows is (nat). Pairs that teach form alone (SPECS): pair.py --rule format."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from po.data.read import Record
+from po.errors import UserError
+from po.prep.arguments import add_sources, add_step, end, parser, positive, running, sources
+from po.prep.chat import Chat, Dialogue, together
+from po.prep.chat_arguments import add_chat, chat, chat_options
+from po.prep.contrast import Sampling
+from po.prep.contrast_prompts import BMC, CLAIR, NAT_PARTLY, NAT_RIGHT, NAT_WRONG, POPALIGN
+from po.prep.nat import Place, Tell
+from po.prep.partial import beside
+from po.prep.popalign import MODELS, PopAlign, Strategy, Two
+from po.prep.prompts import Prompt, replaced
+from po.prep.revise import Revise
+from po.prep.step import run_step
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it is, its arguments beside those of every script, and the run itself."""
+
+    help: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def asking(
+    args: argparse.Namespace, model: Chat, work: Callable[[Record], Dialogue], options: Mapping[str, Any]
+) -> None:
+    """Run a strategy that asks a model on every row."""
+    run_step(
+        f"contrast {args.kind}",
+        sources(args),
+        args.output,
+        batch_work=lambda records: together(model, [work(r) for r in records], [r.where for r in records]),
+        options={**chat_options(args), **options},
+        **running(args),
+    )
+
+
+def said(prompts: Iterable[Prompt]) -> dict[str, Any]:
+    """The prompts as the report names them."""
+    return {"prompts": [p.said for p in prompts]}
+
+
+def add_asking(p: argparse.ArgumentParser) -> None:
+    """The model, and how it is asked."""
+    add_chat(p)
+    g = p.add_argument_group("asking")
+    g.add_argument("--temperature", type=float, default=Sampling.temperature)
+    g.add_argument("--top-p", type=float, default=Sampling.top_p)
+    g.add_argument("--max-tokens", type=positive, default=Sampling.max_tokens, help="of a reply")
+    g.add_argument("--seed", type=int, default=Sampling.seed)
+    add_prompts(p)
+
+
+def add_prompts(p: argparse.ArgumentParser) -> None:
+    """Texts instead of po's own."""
+    p.add_argument("--prompt-file", nargs="+", default=[], metavar="ID=FILE", help="texts instead of po's own")
+
+
+def sampling(args: argparse.Namespace) -> Sampling:
+    """From add_asking's arguments."""
+    return Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+
+
+def add_revise(p: argparse.ArgumentParser) -> None:
+    """clair and bmc."""
+    add_asking(p)
+    p.add_argument(
+        "--least-jaccard",
+        type=float,
+        default=Revise.least_jaccard,
+        metavar="J",
+        help="share of words that a revision has in common with what it revises; 0 for answers of a few words",
+    )
+
+
+def revise(args: argparse.Namespace) -> None:
+    """clair and bmc."""
+    prompt = replaced([CLAIR if args.kind == "clair" else BMC], args.prompt_file)[args.kind]
+    model, how = chat(args, args.output), sampling(args)
+    work = Revise(sources(args)[0], args.kind, prompt, model.name, how, args.least_jaccard)
+    asking(args, model, work, {**asdict(how), "least_jaccard": args.least_jaccard, **said([prompt])})
+
+
+def add_popalign(p: argparse.ArgumentParser) -> None:
+    """popalign."""
+    add_asking(p)
+    g = p.add_argument_group("strategies")
+    g.add_argument(
+        "--strategies", nargs="+", choices=get_args(Strategy), default=["prefix", "demon", "elicitive", "refine"]
+    )
+    g.add_argument("--weak-model", help="for nparam a smaller one of the family, for leaderboard a lower one")
+    g.add_argument("--weak-url", help="of its server; none: it runs here")
+    g.add_argument(
+        "--given",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("STRATEGY", "BETTER", "WORSE"),
+        help="nparam or leaderboard by the row's own answers, with these as `source`",
+    )
+
+
+def popalign(args: argparse.Namespace) -> None:
+    """popalign."""
+    given = {strategy: (better, worse) for strategy, better, worse in args.given}
+    if set(given) - set(MODELS) or set(given) - set(args.strategies):
+        raise UserError("--given: expected nparam or leaderboard, and that among --strategies")
+    compared = [s for s in MODELS if s in args.strategies and s not in given]
+    if len(compared) > 1:
+        raise UserError("nparam and leaderboard by one weaker model are the same pairs; run twice, or see --given")
+    if bool(compared) != bool(args.weak_model):
+        raise UserError("--weak-model: goes with nparam or leaderboard, and these need it (or --given)")
+    prompts, how = replaced(POPALIGN, args.prompt_file), sampling(args)
+    model: Chat = chat(args, args.output)
+    options: dict[str, Any] = {"strategies": args.strategies, "given": given, **asdict(how), **said(prompts.values())}
+    if args.weak_model:
+        weak = copy.copy(args)
+        weak.model, weak.url = args.weak_model, args.weak_url
+        model = Two(model, chat(weak, beside(args.output, ".weak")))
+        options["weak"] = chat_options(weak)
+    names = (model.name, args.weak_model or "")
+    asking(args, model, PopAlign(sources(args)[0], args.strategies, names, given, prompts, how), options)
+
+
+def add_nat(p: argparse.ArgumentParser) -> None:
+    """nat."""
+    add_prompts(p)
+    p.add_argument(
+        "--thresholds", type=float, nargs="+", default=[], metavar="R", help="one or two: better is a reward above it"
+    )
+    p.add_argument("--place", choices=get_args(Place), default="end", help="of what the user said last")
+    p.add_argument("--inference", action="store_true", help="rows are prompts; all get the text for right answers")
+
+
+def nat(args: argparse.Namespace) -> None:
+    """nat."""
+    if len(args.thresholds) > 2 or args.thresholds != sorted(set(args.thresholds)):
+        raise UserError("--thresholds: expected one number, or two, the lower first")
+    own = [NAT_WRONG, *([NAT_PARTLY] if len(args.thresholds) == 2 else []), NAT_RIGHT]
+    prompts = tuple(replaced(own, args.prompt_file).values())
+    options = {"thresholds": args.thresholds, "place": args.place, "inference": args.inference}
+    read = sources(args)
+    work = Tell(read[0], prompts, **options)
+    run_step("contrast nat", read, args.output, work, options={**options, **said(prompts)}, **running(args))
+
+
+COMMANDS = {
+    "clair": Command("the worst answer, and a model's minimal revision over it", add_revise, revise),
+    "bmc": Command("the worse answer, edited towards the better, over itself", add_revise, revise),
+    "popalign": Command("six ways to get a better and a worse answer to a prompt", add_popalign, popalign),
+    "nat": Command("labelled answers after prompts that tell how good they are (asks no model)", add_nat, nat),
+}
+ALONE = {"nat"}  # ask no model, so that processes help
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    p = parser(__doc__ or "", "python data_prep/contrast.py clair rows.jsonl -o pairs.jsonl --model M --url URL/v1")
+    kinds = p.add_subparsers(dest="kind", required=True)
+    for name, command in COMMANDS.items():
+        one = kinds.add_parser(name, help=command.help)
+        add_sources(one)
+        add_step(one, num_proc=name in ALONE)
+        command.add(one)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """One run."""
+    args = arguments().parse_args(argv)
+    COMMANDS[args.kind].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(end(main))
