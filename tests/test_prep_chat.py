@@ -138,6 +138,14 @@ def test_what_is_asked_is_what_the_server_gets() -> None:
     assert answers[2].replies[0].top == ({"a": -0.5}, {"b": -0.5})
 
 
+def test_switches_of_the_template_reach_a_server_and_tools_do_not() -> None:
+    with FakeOpenAI(lambda body: "x") as server:
+        asks = [user("q", template_kwargs={"enable_thinking": False}), user("q", tools=({"name": "add"},))]
+        found = endpoint(server).ask(asks)
+        assert [b["chat_template_kwargs"] for b in server.bodies] == [{"enable_thinking": False}]
+    assert found[1].problem == "a prompt with tools, which servers are not asked with"
+
+
 def test_token_ids_where_the_server_knows_them() -> None:
     def known(body: dict[str, Any]) -> dict[str, Any]:
         said = completion(body, "a b", prompt_token_ids=[1, 2])
@@ -404,7 +412,7 @@ def test_a_model_here_gives_tokens_with_their_log_probs(folder: Path) -> None:
 
 def test_a_model_here_says_where_a_prompt_does_not_fit_and_answers_the_others(folder: Path) -> None:
     found = Local(str(folder), device="cpu").ask([text("w3 " * 60, max_tokens=8), text("w3", max_tokens=8)])
-    assert found[0].problem == "61 tokens of prompt and 8 of an answer; the model takes 64"
+    assert found[0].problem == "prompt and max_tokens are more than the 64 tokens that the model takes"
     assert found[1].problem is None
 
 
@@ -417,6 +425,9 @@ def test_plain_texts_conversations_and_templates(folder: Path, tmp_path: Path) -
     chat.tokenizer.chat_template = TEMPLATE
     assert chat.prompt_ids(user("w3").messages) == (4, 6, 5)
     assert chat.prompt_ids(text("w3").messages) == (1, 6)
+    chat.tokenizer.chat_template = "{{ word }}{% for t in tools %} {{ t['name'] }}{% endfor %}"
+    (answer,) = chat.ask([user("w3", tools=({"name": "w7"},), template_kwargs={"word": "w8"}, max_tokens=2)])
+    assert answer.replies[0].prompt_ids == (11, 10)
 
 
 def test_a_stop_text_ends_an_answer(folder: Path) -> None:

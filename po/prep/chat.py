@@ -20,7 +20,7 @@ import json
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from po.prep.step import Outcome
 
@@ -35,7 +35,7 @@ class Ask:
     step goes on after a kill. `together` fills it in.
     """
 
-    messages: tuple[Mapping[str, str], ...]  # role, content
+    messages: tuple[Mapping[str, Any], ...]  # role, content
     n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
@@ -45,6 +45,8 @@ class Ask:
     top_logprobs: int = 0  # >0: the most likely tokens at each place, with log-probs
     logprobs: bool = False  # log-probs of the sampled tokens
     of: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()  # for the chat template of a model that runs here; no server is given any
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # chat_template_kwargs, e.g. enable_thinking
 
 
 @dataclass(frozen=True)
@@ -126,8 +128,7 @@ class Numbered:
         keys = []
         for ask in asks:
             fields = {f.name: getattr(ask, f.name) for f in dataclasses.fields(ask)}
-            fields["messages"] = [dict(m) for m in ask.messages]
-            said = json.dumps([self._model, fields], sort_keys=True)
+            said = json.dumps([self._model, fields], sort_keys=True, default=dict)
             key = hashlib.sha256(said.encode(errors="backslashreplace")).hexdigest()[:32]
             keys.append(f"{key}.{self._made[key]}")
             self._made[key] += 1

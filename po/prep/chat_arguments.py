@@ -15,10 +15,10 @@ from po.rewards.models import Dtype
 JOURNAL = ".calls.jsonl"
 
 
-def add_chat(parser: argparse.ArgumentParser) -> None:
-    """The options; `chat` makes a Chat of them."""
+def add_chat(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """The options; `chat` makes a Chat of them. required: the command cannot do without a model."""
     g = parser.add_argument_group("the model")
-    g.add_argument("--model", required=True, help="a model folder or hub name; with --url the server's name for it")
+    g.add_argument("--model", required=required, help="a model folder or hub name; with --url the server's name for it")
     g.add_argument("--url", help="of an OpenAI-compatible server, mostly ending in /v1; none: the model runs here")
     g.add_argument("--key-env", metavar="VARIABLE", help="the environment variable that holds the server's key")
     g.add_argument("--concurrency", type=positive, default=16, help="requests at a time")
@@ -29,6 +29,7 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--server-token-ids", action="store_true", help="ask the server for token ids (vLLM gives them)")
     g.add_argument("--dtype", choices=get_args(Dtype), default="auto", help="of a model that runs here")
     g.add_argument("--device", help="of a model that runs here: cpu, cuda, cuda:1; none: a GPU if there is one")
+    g.add_argument("--sequences", type=positive, default=64, help="that a model that runs here writes at once")
 
 
 def chat(args: argparse.Namespace, output: Path) -> Chat:
@@ -39,7 +40,7 @@ def chat(args: argparse.Namespace, output: Path) -> Chat:
     if args.url is None:
         from po.prep.local import Local
 
-        return Local(args.model, dtype=args.dtype, device=args.device)
+        return Local(args.model, dtype=args.dtype, device=args.device, sequences=args.sequences)
     from po.prep.endpoint import Endpoint, Service
 
     if not args.url.startswith(("http://", "https://")):
@@ -55,4 +56,5 @@ def chat_options(args: argparse.Namespace) -> dict[str, Any]:
     """What of them decides the bytes, for run_step's options. Where a server is does not: it may have moved."""
     if args.url is not None:
         return {"model": args.model, "server": True, "server_token_ids": args.server_token_ids}
-    return {"model": args.model, "server": False, "dtype": args.dtype, "device": args.device}
+    here = {name: getattr(args, name) for name in ("dtype", "device", "sequences")}
+    return {"model": args.model, "server": False, **here}

@@ -110,6 +110,8 @@ class Endpoint:
         text = any(m["role"] == TEXT for m in ask.messages)
         if text and len(ask.messages) != 1:
             return {"problem": "a plain text and other messages in one request", "sums": {}}
+        if ask.tools:
+            return {"problem": "a prompt with tools, which servers are not asked with", "sums": {}}
         call = client.completions if text else client.chat.completions
         try:
             raw = await call.with_raw_response.create(**self._body(ask, have, text))
@@ -148,8 +150,11 @@ class Endpoint:
             body["seed"] = ask.seed + have
         if ask.stop:
             body["stop"] = list(ask.stop)
-        if self._service.token_ids:
-            body["extra_body"] = {"return_token_ids": True}
+        more: dict[str, Any] = {"return_token_ids": True} if self._service.token_ids else {}
+        if ask.template_kwargs and not text:
+            more["chat_template_kwargs"] = dict(ask.template_kwargs)
+        if more:
+            body["extra_body"] = more
         scored = ask.logprobs or ask.top_logprobs > 0
         if text:
             return (

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,14 +32,15 @@ class Local:
     """A Chat with a model here. Log-probs, of drawn and of likeliest tokens, are under softmax(logits / temperature)
     (temperature 0: at 1), before top_p, end token included."""
 
-    def __init__(self, model: str, *, dtype: str = "auto", device: str | None = None) -> None:
-        """Raises UserError where there is no such model. The weights are loaded when first asked."""
-        self.name = model
+    def __init__(self, model: str, *, dtype: str = "auto", device: str | None = None, sequences: int = 64) -> None:
+        """sequences: how many are generated at once. Raises UserError where there is no such model. The weights are
+        loaded when first asked."""
+        self.name, self._sequences = model, sequences
         self._spec = ModelSpec(model, dtype=dtype)  # type: ignore[arg-type]
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._numbered = Numbered(model)
         self.tokenizer = load_tokenizer(self._spec)
-        self.encoder = Encoder(self.tokenizer)
+        self._encoder = Encoder(self.tokenizer)
 
     @cached_property
     def key(self) -> str:
@@ -56,26 +58,34 @@ class Local:
         ways: dict[Sampling, dict[int, Ids]] = {}
         for i, ask in enumerate(asks):
             try:
-                prompt = self.prompt_ids(ask.messages)
+                prompt = self.prompt_ids(ask.messages, ask.tools, ask.template_kwargs)
             except RowFaultError as e:
                 answers[i] = Answer(problem=f"{e.problem.field}: expected {e.problem.expected}, got {e.problem.got}")
                 continue
             if (most := self._room()) is not None and len(prompt) + ask.max_tokens > most:
-                said = f"{len(prompt)} tokens of prompt and {ask.max_tokens} of an answer; the model takes {most}"
-                answers[i] = Answer(problem=said)
+                answers[i] = Answer(
+                    problem=f"prompt and max_tokens are more than the {most} tokens that the model takes"
+                )
                 continue
             ways.setdefault(Sampling(ask.max_tokens, ask.temperature, ask.top_p), {})[i] = prompt
         for way, prompts in ways.items():
-            sampler = HFSampler(
-                self._net, way, stop_ids(self._net, self.tokenizer), self.tokenizer.pad_token_id, self._device
-            )
+            sampler = self._sampler(way)
             seeds = [_seed(asks[i], keys[i]) for i in prompts]
             drawn = sampler.sample(list(prompts.values()), [asks[i].n for i in prompts], seeds)
             for (i, prompt), samples in zip(prompts.items(), drawn, strict=True):
                 answers[i] = self._answer(asks[i], prompt, samples)
         return answers
 
-    def prompt_ids(self, messages: Sequence[Mapping[str, str]]) -> Ids:
+    def _sampler(self, way: Sampling) -> HFSampler:
+        stops, pad = stop_ids(self._net, self.tokenizer), self.tokenizer.pad_token_id
+        return HFSampler(self._net, way, stops, pad, self._device, sequences_per_call=self._sequences)
+
+    def prompt_ids(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        template_kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Ids:
         """The tokens that an answer follows. Raises RowFaultError where the template refuses, UserError where there is
         none and one is needed."""
         plain = len(messages) == 1 and (
@@ -87,8 +97,8 @@ class Local:
                 f"--model {self.name}: its tokenizer has no chat template, which a conversation needs; expected one, "
                 "or prompts of plain text"
             )
-        ids = self.encoder(Row("ask", "ask", prompt, (), record="{}")).prompt_ids
-        return tuple(ids)
+        row = Row("ask", "ask", prompt, (), tuple(tools) or None, template_kwargs, record="{}")
+        return self._encoder(row).prompt_ids
 
     def _room(self) -> int | None:
         config = self._net.config.get_text_config()
