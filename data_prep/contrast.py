@@ -6,72 +6,22 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, get_args
 
-from po.data.read import Record
 from po.errors import UserError
-from po.prep.arguments import add_sources, add_step, end, parser, positive, running, sources
-from po.prep.chat import Chat, Dialogue, together
-from po.prep.chat_arguments import add_chat, chat, chat_options
-from po.prep.contrast import Sampling
+from po.prep.arguments import add_sources, add_step, end, parser, running, sources
+from po.prep.chat import Chat
+from po.prep.chat_arguments import chat, chat_options
+from po.prep.contrast_arguments import Command, add_asking, add_prompts, asking, said, sampling
 from po.prep.contrast_prompts import BMC, CLAIR, NAT_PARTLY, NAT_RIGHT, NAT_WRONG, POPALIGN
 from po.prep.nat import Place, Tell
 from po.prep.partial import beside
 from po.prep.popalign import MODELS, PopAlign, Strategy, Two
-from po.prep.prompts import Prompt, replaced
+from po.prep.prompts import replaced
 from po.prep.revise import Revise
 from po.prep.step import run_step
-
-
-@dataclass(frozen=True)
-class Command:
-    """A subcommand: what it is, its arguments beside those of every script, and the run itself."""
-
-    help: str
-    add: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], None]
-
-
-def asking(
-    args: argparse.Namespace, model: Chat, work: Callable[[Record], Dialogue], options: Mapping[str, Any]
-) -> None:
-    """Run a strategy that asks a model on every row."""
-    run_step(
-        f"contrast {args.kind}",
-        sources(args),
-        args.output,
-        batch_work=lambda records: together(model, [work(r) for r in records], [r.where for r in records]),
-        options={**chat_options(args), **options},
-        **running(args),
-    )
-
-
-def said(prompts: Iterable[Prompt]) -> dict[str, Any]:
-    """The prompts as the report names them."""
-    return {"prompts": [p.said for p in prompts]}
-
-
-def add_asking(p: argparse.ArgumentParser) -> None:
-    """The model, and how it is asked."""
-    add_chat(p)
-    g = p.add_argument_group("asking")
-    g.add_argument("--temperature", type=float, default=Sampling.temperature)
-    g.add_argument("--top-p", type=float, default=Sampling.top_p)
-    g.add_argument("--max-tokens", type=positive, default=Sampling.max_tokens, help="of a reply")
-    g.add_argument("--seed", type=int, default=Sampling.seed)
-    add_prompts(p)
-
-
-def add_prompts(p: argparse.ArgumentParser) -> None:
-    """Texts instead of po's own."""
-    p.add_argument("--prompt-file", nargs="+", default=[], metavar="ID=FILE", help="texts instead of po's own")
-
-
-def sampling(args: argparse.Namespace) -> Sampling:
-    """From add_asking's arguments."""
-    return Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
 
 
 def add_revise(p: argparse.ArgumentParser) -> None:

@@ -26,9 +26,9 @@ class Sampling:
     max_tokens: int = 2048
     seed: int = 0
 
-    def ask(self, messages: Sequence[Mapping[str, str]], *about: str, kind: type[Ask] = Ask) -> Ask:
-        """A request for one answer."""
-        how = {**asdict(self), "seed": seeded(self.seed, *about, *(m["content"] for m in messages))}
+    def ask(self, messages: Sequence[Mapping[str, str]], *about: str, kind: type[Ask] = Ask, n: int = 1) -> Ask:
+        """A request for so many answers."""
+        how = {**asdict(self), "n": n, "seed": seeded(self.seed, *about, *(m["content"] for m in messages))}
         return kind(messages=tuple(messages), **how)
 
 
