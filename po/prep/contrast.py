@@ -83,8 +83,9 @@ def contrast(
     fields, moved = apart(read.fields)
     if read.row.chosen_first:
         new = (chosen["content"], rejected["content"])
-        before = zip(("chosen", "rejected"), read.answers)
-        moved |= {side: one["content"] for side, one in before if one["content"] not in new}
+        for side, one in zip(("chosen", "rejected"), read.answers):
+            moved |= {side: one["content"]} if one["content"] not in new else {}
+            moved |= {f"{side}_reward": one["reward"]} if "reward" in one else {}
     if moved:
         fields["original"] = {**fields.get("original", {}), **moved}
     how = {"strategy": strategy, "prompts": [p.said for p in prompts], **more}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from po.data.read import Record
@@ -76,12 +76,12 @@ class PopAlign:
 
     def _rounds(self, read: ScoredSet, counts: Counter[str]) -> Rounds:
         talk = conversation(read.row)
-        asks = self._asks(talk)
+        asks = {name: self._like(read, ask) for name, ask in self._asks(talk).items()}
         answers = dict(zip(asks, (yield from complete(list(asks.values())))))
         if "refine" in self.strategies and usable(answers["plain"].replies[0]):
             turns = (("assistant", answers["plain"].replies[0].text), ("user", self.prompts["refine"].text))
             more = (*talk, *({"role": role, "content": text} for role, text in turns))
-            (answers["refined"],) = yield from complete([self.sampling.ask(more, "refined")])
+            (answers["refined"],) = yield from complete([self._like(read, self.sampling.ask(more, "refined"))])
         rows, reasons = [], []
         for strategy in self.strategies:
             try:
@@ -93,6 +93,10 @@ class PopAlign:
         if not rows:
             raise Left(reasons[0] if len(set(reasons)) == 1 else "no strategy gave a pair")
         return rows
+
+    def _like(self, read: ScoredSet, ask: Ask) -> Ask:
+        """A request with the row's tools and switches of the chat template."""
+        return replace(ask, tools=read.row.tools or (), template_kwargs=read.row.template_kwargs)
 
     def _asks(self, talk: Messages) -> dict[str, Ask]:
         """By name: the strategies' two sides, the plain answer (once for all that need it), the weaker model's."""

@@ -54,6 +54,12 @@ class Tally:
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """The sums; of a name that begins with `mean ` the mean over the rows out."""
+        rows = self.rows_out or 1
+        return {k: round(v / rows, 6) if k.startswith("mean ") else v for k, v in self.sums.items()}
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -65,7 +71,7 @@ class StepReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for OUTPUT.report.json."""
-        return {"step": self.step, **asdict(self.tally), **self.context}
+        return {"step": self.step, **asdict(self.tally), "sums": self.tally.figures, **self.context}
 
     def print(self, console: Console | None = None) -> None:
         """The counts as a table, then the bad rows."""
@@ -80,7 +86,7 @@ class StepReport:
             table.add_row(escape(f"dropped: {reason}"), str(count), escape(", ".join(t.ids[reason][:3])))
         table.add_row("bad", str(t.bad), "")
         table.add_row("out", str(t.rows_out), "")
-        for name, value in t.sums.items():
+        for name, value in t.figures.items():
             table.add_row(escape(name), f"{value:g}" if value % 1 else str(int(value)), "")
         console.print(table)
         for line in t.problems[:SHOWN]:
