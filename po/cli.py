@@ -1,4 +1,4 @@
-"""The command line: po train | check | sample | heads | export. Thin: words are parsed, endings become exit codes.
+"""The command line: po train | check | sample | reward ... Thin: words are parsed, endings become exit codes.
 
 Nothing heavy is imported before a command needs it, so that --help is instant.
 """
@@ -28,8 +28,14 @@ OVERRIDES = """A recipe's values can be changed behind it, the last word wins:
   po %(command)s recipe.yaml train.learning_rate=1e-5 loss.0.beta=0.2
   po %(command)s recipe.yaml --train.learning_rate 1e-5 --beta=0.2
 """
-COMMANDS = ("train", "check", "sample", "heads", "export", "likra", "compo")
+REWARD = """examples:
+  po reward train recipe.yaml train.learning_rate=1e-5 objective.margin=margin
+  po reward strength recipe.yaml -o judged.jsonl ensemble.members=4
+  torchrun --nproc_per_node 8 -m po.cli reward train recipe.yaml
+"""
+COMMANDS = ("train", "check", "sample", "reward", "heads", "export", "likra", "compo")
 _FLAGS = {"check": {"--json", "--schema", "-h", "--help"}, "train": {"-h", "--help"}, "sample": {"-h", "--help"}}
+_FLAGS["reward"] = {"--output", "--force", "-h", "--help"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -83,6 +89,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, Any]:
     check.add_argument("--schema", action="store_true", help="print the JSON schema of recipes, for editors")
     sample = command("sample", "write and reward responses to a recipe's prompts, without training", OVERRIDES)
     sample.add_argument("recipe", help="a YAML file with a `rollout` section")
+    reward = command("reward", "train a reward model on pairs; judge pairs by models that did not see them", REWARD)
+    reward.add_argument("action", choices=("train", "check", "strength"), help="strength: out-of-fold margins of rows")
+    reward.add_argument("recipe", help="a YAML file; docs/reward_models.md")
+    reward.add_argument("-o", "--output", type=Path, help="strength: the rows with margins, .jsonl or .parquet")
+    reward.add_argument("--force", action="store_true", help="strength: overwrite a finished output")
     heads = command("heads", "list the heads, or explain one")
     heads.add_argument("head", nargs="?", help="e.g. dpo")
     export = command("export", "write a run's result for use elsewhere, reopen it and check it")
@@ -151,6 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> None:
     overrides: list[str] = []
+    while words and words[0].startswith(("--local_rank=", "--local-rank=")):  # `deepspeed --module po.cli ...`
+        words = words[1:]
     if words and words[0] in _FLAGS:
         own, overrides = separate(words[1:], _FLAGS[words[0]])
         words = [words[0], *own]
@@ -159,6 +172,7 @@ def _run(words: list[str]) -> None:
         "train": _train,
         "check": _check,
         "sample": _sample,
+        "reward": _reward,
         "heads": _heads,
         "export": _export,
         "likra": _likra,
@@ -185,6 +199,28 @@ def _sample(args: argparse.Namespace, overrides: list[str]) -> None:
 
     sample(recipe, notes)
     _leave_together()
+
+
+def _reward(args: argparse.Namespace, overrides: list[str]) -> None:
+    from po.reward_model.recipe import load
+
+    if (args.output is None) == (args.action == "strength"):
+        fits = "expected -o OUTPUT, e.g. -o judged.jsonl" if args.output is None else "-o is for `strength` alone"
+        raise UserError(f"po reward {args.action}: {fits}")
+    recipe, notes = load(args.recipe, overrides)
+    if args.action == "check":
+        from po.reward_model.run import check
+
+        print("\n".join([*(f"note: {note}" for note in notes), check(recipe)]))
+    elif args.action == "strength":
+        from po.reward_model.strength import strength
+
+        strength(recipe, args.output, args.force, notes)
+    else:
+        from po.reward_model.run import train
+
+        train(recipe, notes)
+        _leave_together()
 
 
 def _leave_together() -> None:

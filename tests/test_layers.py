@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     *("errors", "types", "numeric", "heads.*", "spec", "data.rows", "objective", "forest", "data.*", "attention"),
     *("logprob", "batch", "order", "policy", "reference", "metrics", "checkpoint", "callbacks", "rewards.*"),
-    *("rollout.*", "trainer", "recipe.*", "export", "run", "prep.*", "sandbox.*", "cli"),
+    *("rollout.*", "trainer", "recipe.*", "export", "run", "prep.*", "reward_model.*", "sandbox.*", "cli"),
 ]
 
 
