@@ -18,9 +18,10 @@ from po.prep.contrast_arguments import Command, add_asking, add_prompts, asking,
 from po.prep.contrast_prompts import BMC, CLAIR, NAT_PARTLY, NAT_RIGHT, NAT_WRONG, POPALIGN
 from po.prep.nat import Place, Tell
 from po.prep.partial import beside
-from po.prep.popalign import MODELS, PopAlign, Strategy, Two
+from po.prep.popalign import MODELS, PopAlign, Strategy
 from po.prep.prompts import replaced
 from po.prep.revise import Revise
+from po.prep.second import Nobody, Two
 from po.prep.step import run_step
 
 
@@ -46,13 +47,14 @@ def revise(args: argparse.Namespace) -> None:
 
 def add_popalign(p: argparse.ArgumentParser) -> None:
     """popalign."""
-    add_asking(p)
+    add_asking(p, required=False)
     g = p.add_argument_group("strategies")
     g.add_argument(
         "--strategies", nargs="+", choices=get_args(Strategy), default=["prefix", "demon", "elicitive", "refine"]
     )
     g.add_argument("--weak-model", help="for nparam a smaller one of the family, for leaderboard a lower one")
     g.add_argument("--weak-url", help="of its server; none: it runs here")
+    g.add_argument("--weak-key-env", metavar="VARIABLE", help="the variable with that server's key")
     g.add_argument(
         "--given",
         nargs=3,
@@ -68,17 +70,20 @@ def popalign(args: argparse.Namespace) -> None:
     given = {strategy: (better, worse) for strategy, better, worse in args.given}
     if set(given) - set(MODELS) or set(given) - set(args.strategies):
         raise UserError("--given: expected nparam or leaderboard, and that among --strategies")
-    compared = [s for s in MODELS if s in args.strategies and s not in given]
+    asked = [s for s in args.strategies if s not in given]
+    compared = [s for s in asked if s in MODELS]
     if len(compared) > 1:
         raise UserError("nparam and leaderboard by one weaker model are the same pairs; run twice, or see --given")
     if bool(compared) != bool(args.weak_model):
         raise UserError("--weak-model: goes with nparam or leaderboard, and these need it (or --given)")
+    if bool(asked) != bool(args.model):
+        raise UserError("--model: expected one, unless all pairs are --given")
     prompts, how = replaced(POPALIGN, args.prompt_file), sampling(args)
-    model: Chat = chat(args, args.output)
+    model: Chat = chat(args, args.output) if asked else Nobody()
     options: dict[str, Any] = {"strategies": args.strategies, "given": given, **asdict(how), **said(prompts.values())}
-    if args.weak_model:
+    if compared:
         weak = copy.copy(args)
-        weak.model, weak.url = args.weak_model, args.weak_url
+        weak.model, weak.url, weak.key_env = args.weak_model, args.weak_url, args.weak_key_env
         model = Two(model, chat(weak, beside(args.output, ".weak")))
         options["weak"] = chat_options(weak)
     names = (model.name, args.weak_model or "")

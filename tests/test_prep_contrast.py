@@ -27,9 +27,10 @@ from po.prep.chat import Answer, Ask, Dialogue, Reply
 from po.prep.contrast_prompts import BMC, CLAIR, NAT_PARTLY, NAT_RIGHT, NAT_WRONG, POPALIGN, PREFIX_BAD, REFINE
 from po.prep.distance import edited, jaccard, levenshtein
 from po.prep.nat import Tell, told
-from po.prep.popalign import PopAlign, Two, Weak
+from po.prep.popalign import PopAlign
 from po.prep.prompts import Prompt, replaced
 from po.prep.revise import Revise
+from po.prep.second import Second
 from po.prep.step import Outcome
 from po.recipe import load
 from po.run import train
@@ -318,7 +319,7 @@ def test_refine_prefers_the_second_turn() -> None:
 @pytest.mark.parametrize("strategy", ["nparam", "leaderboard"])
 def test_a_stronger_model_is_preferred(strategy: str) -> None:
     (asks, *_), outcome = pop(ONLY, ["Strong.", "Weak."], strategies=[strategy])
-    assert [type(a) for a in asks] == [Ask, Weak]
+    assert [type(a) for a in asks] == [Ask, Second]
     assert asks[0].messages == asks[1].messages
     row = outcome.rows[0]
     assert [row["chosen_source"], row["rejected_source"]] == ["strong", "weak"]
@@ -365,24 +366,6 @@ def test_a_pair_gives_its_prompt() -> None:
     (row,) = outcome.rows
     assert [row["original"][side][0]["content"] for side in ("chosen", "rejected")] == ["Shakespeare did.", OLD]
     assert row["chosen"][0]["content"] == "Good."
-
-
-class Named:
-    """A Chat that says its name, and how many requests came at once."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def ask(self, asks: Sequence[Ask]) -> list[Answer]:
-        return [answer(f"{self.name} {a.messages[0]['content']} of {len(asks)}") for a in asks]
-
-
-def test_two_models_answer_in_the_order_of_requests() -> None:
-    asks = [kind(messages=({"role": "user", "content": str(i)},)) for i, kind in enumerate([Ask, Weak, Weak, Ask])]
-    both = Two(Named("S"), Named("W"))
-    assert [a.replies[0].text for a in both.ask(asks)] == ["S 0 of 2", "W 1 of 2", "W 2 of 2", "S 3 of 2"]
-    assert both.ask([]) == []
-    assert both.name == "S"
 
 
 def tell(row: dict[str, Any], prompts: Sequence[Prompt] = (NAT_WRONG, NAT_RIGHT), **more: Any) -> Outcome:
@@ -562,6 +545,14 @@ def test_two_servers_make_the_six_strategies_pairs(tmp_path: Path) -> None:
         loads_as_pair(row)
 
 
+def test_given_pairs_need_no_model(tmp_path: Path) -> None:
+    args = ["--strategies", "nparam", "--given", "nparam", "a", "c"]
+    made, _ = ran("contrast", "popalign", "--", *args, output=tmp_path / "o.jsonl", rows=[SET])
+    assert [r["id"] for r in made] == ["q/nparam"]
+    with pytest.raises(UserError, match="--model"):
+        ran("contrast", "popalign", "--", output=tmp_path / "o.jsonl", rows=[SET])
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -569,6 +560,7 @@ def test_two_servers_make_the_six_strategies_pairs(tmp_path: Path) -> None:
         (["--weak-model", "x"], "--weak-model"),
         (["--strategies", "nparam", "leaderboard", "--weak-model", "x"], "the same pairs"),
         (["--given", "prefix", "a", "b"], "--given"),
+        (["--strategies", "nparam", "--given", "nparam", "a", "b"], "--model"),
         (["--given", "nparam", "a", "b"], "--given"),
     ],
 )

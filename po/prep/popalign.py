@@ -17,11 +17,12 @@ from typing import Any, Literal
 from po.data.read import Record
 from po.data.wanted import Wanted
 from po.prep.asking import Left, Rounds, complete, conversation, said, settled, written
-from po.prep.chat import Answer, Ask, Chat, Reply
+from po.prep.chat import Answer, Ask, Reply
 from po.prep.contrast import Sampling, after, contrast, whole
 from po.prep.contrast_prompts import POPALIGN
 from po.prep.prompts import Prompt
 from po.prep.rows import ScoredSet, read_set
+from po.prep.second import Second
 from po.prep.step import Outcome
 from po.prep.texts import Tests, normal
 from po.spec import Source
@@ -34,30 +35,10 @@ MODELS = ("nparam", "leaderboard")
 _REPEATED = 8  # words in a row of an instruction that an answer must not have
 
 
-@dataclass(frozen=True, kw_only=True)
-class Weak(Ask):
-    """A request to the weaker model."""
-
-
-class Two:
-    """Two models as one, by the stronger's name: requests of type Weak go to the weaker."""
-
-    def __init__(self, strong: Chat, weak: Chat) -> None:
-        self.name, self.strong, self.weak = strong.name, strong, weak
-
-    def ask(self, asks: Sequence[Ask]) -> list[Answer]:
-        """Answers in the order of asks."""
-        answers: dict[int, Answer] = {}
-        for chat, weak in ((self.strong, False), (self.weak, True)):
-            mine = [i for i, a in enumerate(asks) if isinstance(a, Weak) == weak]
-            answers.update(zip(mine, chat.ask([asks[i] for i in mine]) if mine else (), strict=True))
-        return [answers[i] for i in range(len(asks))]
-
-
 @dataclass(frozen=True)
 class PopAlign:
-    """models: the names of the model and of the weaker one. given: for nparam and leaderboard the sources of the better
-    and the worse among the row's own answers, which then are not asked for."""
+    """models: the names of the model and of the weaker one, which is the second (po.prep.second). given: for nparam and
+    leaderboard the sources of the better and the worse among the row's own answers, which then are not asked for."""
 
     source: Source
     strategies: Sequence[Strategy]
@@ -107,7 +88,7 @@ class PopAlign:
         if compared or "refine" in self.strategies:
             asks["plain"] = self.sampling.ask(talk, "plain")
         if compared:
-            asks["weak"] = self.sampling.ask(talk, "weak", kind=Weak)
+            asks["weak"] = self.sampling.ask(talk, "weak", kind=Second)
         return asks
 
     def _row(self, read: ScoredSet, strategy: Strategy, answers: Mapping[str, Answer]) -> dict[str, Any]:

@@ -31,5 +31,16 @@ class Two:
         return [found[i] for i in range(len(asks))]
 
 
+class Nobody:
+    """In the place of a model where nothing is asked."""
+
+    name = ""
+
+    def ask(self, asks: Sequence[Ask]) -> list[Answer]:
+        """Of nothing nothing."""
+        assert not asks
+        return []
+
+
 def _plain(ask: Ask) -> Ask:
     return Ask(**{f.name: getattr(ask, f.name) for f in fields(Ask)})
