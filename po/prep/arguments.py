@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from po.errors import POError, UserError
+from po.prep.on_ray import OnRay
+from po.prep.step import BatchWork
 from po.spec import RankOrder, Source
 
 
@@ -43,6 +45,32 @@ def add_step(p: argparse.ArgumentParser, num_proc: bool = True) -> None:
     g.add_argument("--force", action="store_true", help="overwrite a finished output; begin a partial one anew")
     if num_proc:
         g.add_argument("--num-proc", type=positive, default=1, help="processes")
+
+
+def add_ray(p: argparse.ArgumentParser) -> None:
+    """Where the model of a step runs; `batched` makes it so."""
+    g = p.add_argument_group("many machines")
+    g.add_argument("--ray", type=positive, metavar="N", help="N copies of the model as Ray actors (needs po[ray])")
+    g.add_argument(
+        "--ray-gpus", type=float, metavar="G", help="of each copy, also 0 or 0.5; default: 1 if there is any"
+    )
+    g.add_argument(
+        "--ray-address", metavar="ADDRESS", help="of a cluster: auto, host:port; default: this machine alone"
+    )
+
+
+def batched(args: argparse.Namespace, build: Callable[[], BatchWork]) -> dict[str, Any]:
+    """run_step's keyword for work on batches: here, or by the actors that add_ray's arguments ask for.
+
+    build: loads the model and gives the work; it must be possible to pickle it.
+    """
+    if args.ray is None:
+        if args.ray_gpus is not None or args.ray_address is not None:
+            raise UserError("--ray-gpus and --ray-address go with --ray N")
+        return {"batch_work": build()}
+    if args.ray_gpus is not None and args.ray_gpus < 0:
+        raise UserError(f"--ray-gpus: expected 0 or more, got {args.ray_gpus:g}")
+    return {"pool": OnRay(build, args.ray, args.ray_gpus, args.ray_address)}
 
 
 def positive(text: str) -> int:

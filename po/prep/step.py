@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from po.data.read import Record
 from po.data.report import Problem
 from po.errors import UserError
 from po.folder import redact
+from po.prep.batches import Batch, Batches, batches, fine, records, worked
 from po.prep.inputs import check_apart, command, describe, open_inputs
 from po.prep.partial import Partial, beside, check_output, sha256
 from po.prep.pool import in_order
@@ -48,6 +48,7 @@ class Outcome:
 
 Work = Callable[[Record], Outcome]
 BatchWork = Callable[[list[Record]], Sequence[Outcome]]
+Pool = Callable[[Batches], Generator[Sequence[Outcome], None, None]]  # the outcomes of each batch, in their order
 
 
 def run_step(
@@ -63,38 +64,44 @@ def run_step(
     max_bad: float = 0.0,
     force: bool = False,
     batch_work: BatchWork | None = None,
-    batch: int | Callable[[Record], object] = 64,
+    batch: Batch = 64,
+    pool: Pool | None = None,
 ) -> StepReport:
     """Do `work` on each record, in order, and write its rows to `output`.
 
     options: all that decides the bytes beside the input; a partial output made with others is refused.
     batch_work: instead of `work`, takes `batch` records at once in this process and returns as many outcomes (models,
     servers); where `batch` is a function, adjacent records of the same key. Records that cannot be read reach neither.
+    pool: instead of both, does the batches elsewhere (po.prep.on_ray).
     Raises UserError for a wrong call, and where more rows are bad than `max_bad` allows (a share below 1, a count from
     1 on); then the output stays partial, and running again with a higher one redoes nothing.
     """
-    if (work is None) == (batch_work is None):
-        raise ValueError("expected either work or batch_work")
+    if [work, batch_work, pool].count(None) != 2:
+        raise ValueError("expected one of work, batch_work and pool")
     opened, output = open_inputs(sources), Path(output)
     check_apart(opened, output)
     inputs = [described for one in opened for described in describe(one)]
     asked = {"step": name, "options": redact(dict(options)), "limit": limit}
     context = {"command": command(), **asked, "inputs": inputs, "output": {"path": str(output)}, "dry_run": dry_run}
     asked["inputs"] = [{k: v for k, v in one.items() if k != "path"} for one in inputs]
-    records = islice((r for one in opened for r in one.records()), limit)
-    groups = _batches(records, batch_work, batch) if work is None else in_order(records, _readable(work), num_proc)
+
+    def groups(start: int) -> Iterator[Group]:
+        if work is not None:
+            return in_order(records(opened, start, limit), _readable(work), num_proc)
+        every = batches(opened, start, limit, batch)
+        return _in_pool(every, pool) if pool else _batched(every, batch_work)
+
     if dry_run:
         check_output(output)
-        report = StepReport(name, _count(groups, Tally()), {**context, "versions": versions()})
+        report = StepReport(name, _count(groups(0), Tally()), {**context, "versions": versions()})
         return _judged(report, max_bad)
-    partial = Partial(output, asked, force)
+    written = Partial(output, asked, force)
     try:
-        deque(islice(records, partial.position), maxlen=0)  # read again, not worked on
-        tally = Tally(**partial.state.get("tally", {}))
-        _write(groups, partial, tally)
-        return _finish(name, partial, tally, context, max_bad)
+        tally = Tally(**written.state.get("tally", {}))
+        _write(groups(written.position), written, tally)
+        return _finish(name, written, tally, context, max_bad)
     finally:
-        partial.close()
+        written.close()
 
 
 Group = list[tuple[Record, Outcome]]  # what is committed together or not at all
@@ -108,19 +115,22 @@ def _unreadable(record: Record) -> Outcome | None:
     return Outcome(problem=record.problem) if record.data is None else None
 
 
-def _batches(
-    records: Iterator[Record], work: BatchWork | None, batch: int | Callable[[Record], object]
-) -> Iterator[Group]:
-    """Outcomes of whole batches, so that a resumed step makes the same batches."""
+def _batched(every: Batches, work: BatchWork | None) -> Iterator[Group]:
     assert work is not None
-    if isinstance(batch, int):
-        chunks = iter(lambda: list(islice(records, batch)), [])
-    else:
-        chunks = (list(same) for _, same in groupby(records, batch))
-    for chunk in chunks:
-        fine = [r for r in chunk if r.data is not None]
-        done = dict(zip((r.where for r in fine), work(fine) if fine else (), strict=True))
-        yield [(r, _unreadable(r) or done[r.where]) for r in chunk]
+    for one in every():
+        yield _joined(one, work(known) if (known := fine(one)) else ())
+
+
+def _in_pool(every: Batches, pool: Pool) -> Iterator[Group]:
+    """The records are read here once more, beside the outcomes."""
+    with closing(pool(worked(every))) as outcomes:
+        for one in every():
+            yield _joined(one, next(outcomes) if fine(one) else ())
+
+
+def _joined(batch: list[Record], outcomes: Sequence[Outcome]) -> Group:
+    done = dict(zip((r.where for r in fine(batch)), outcomes, strict=True))
+    return [(r, _unreadable(r) or done[r.where]) for r in batch]
 
 
 def _count(groups: Iterable[Group], tally: Tally) -> Tally:
@@ -160,23 +170,23 @@ def _line(row: dict[str, Any]) -> bytes:
         return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _write(groups: Iterable[Group], partial: Partial, tally: Tally) -> None:
+def _write(groups: Iterable[Group], written: Partial, tally: Tally) -> None:
     """Append what comes, and commit it when half a second of work has gathered, also where the work is interrupted."""
     last, whole = time.monotonic(), True
     try:
         for group in _shown(groups):
             whole = False
             for record, outcome in group:
-                partial.write(_take(record, outcome, tally))
+                written.write(_take(record, outcome, tally))
             whole = True
             if (now := time.monotonic()) - last >= _COMMIT:
                 tally.seconds += now - last
-                partial.commit(tally.rows_in, asdict(tally))
+                written.commit(tally.rows_in, asdict(tally))
                 last = time.monotonic()
     finally:
         if whole:
             tally.seconds += time.monotonic() - last
-            partial.commit(tally.rows_in, asdict(tally))
+            written.commit(tally.rows_in, asdict(tally))
 
 
 def _shown(groups: Iterable[Group]) -> Iterator[Group]:
@@ -192,17 +202,17 @@ def _shown(groups: Iterable[Group]) -> Iterator[Group]:
             progress.advance(task, len(group))
 
 
-def _finish(name: str, partial: Partial, tally: Tally, context: dict[str, Any], max_bad: float) -> StepReport:
+def _finish(name: str, written: Partial, tally: Tally, context: dict[str, Any], max_bad: float) -> StepReport:
     report = StepReport(name, tally, {**context, "versions": versions()})
     allowed = _excuse(report, max_bad)
-    rendered = partial.render() if allowed else None
+    rendered = written.render() if allowed else None
     if rendered is not None:
-        output = {"path": str(partial.output), "bytes": rendered.stat().st_size, "sha256": sha256(rendered)}
+        output = {"path": str(written.output), "bytes": rendered.stat().st_size, "sha256": sha256(rendered)}
         report = replace(report, context={**report.context, "output": output})
     text = json.dumps(report.to_json(), indent=1, ensure_ascii=False)
-    beside(partial.output, ".report.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    beside(written.output, ".report.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     if rendered is not None:
-        partial.place(rendered)
+        written.place(rendered)
     return _judged(report, max_bad)
 
 
