@@ -1,5 +1,7 @@
 """Pairs made for contrast, mostly by asking a model: revisions (clair, bmc), contrasting circumstances (popalign),
-prompts that tell how good what follows is (nat). Pairs that teach form alone (SPECS): pair.py --rule format."""
+prompts that tell how good what follows is (nat), refinements found by search (spar), a model's own judgement
+(self_rewarding, pu_rl), the step at which a solution fails (steps). Pairs that teach form alone (SPECS): pair.py
+--rule format."""
 
 from __future__ import annotations
 
@@ -21,6 +23,7 @@ from po.prep.partial import beside
 from po.prep.popalign import MODELS, PopAlign, Strategy
 from po.prep.prompts import replaced
 from po.prep.revise import Revise
+from po.prep.search_arguments import COMMANDS as SEARCHES
 from po.prep.second import Nobody, Two
 from po.prep.step import run_step
 
@@ -117,6 +120,7 @@ COMMANDS = {
     "bmc": Command("the worse answer, edited towards the better, over itself", add_revise, revise),
     "popalign": Command("six ways to get a better and a worse answer to a prompt", add_popalign, popalign),
     "nat": Command("labelled answers after prompts that tell how good they are (asks no model)", add_nat, nat),
+    **SEARCHES,
 }
 ALONE = {"nat"}  # ask no model, so that processes help
 

@@ -25,6 +25,7 @@ from po.prep.asking import (
     say,
     seeded,
     settled,
+    switched,
     without_tokens,
     written,
 )
@@ -121,7 +122,7 @@ class PURL:
         messages = conversation(read.row)
         asks = [] if given is not None else [self.sampling.ask(messages, "teacher", kind=Second)]
         asks += [self.sampling.ask(messages, n=self.sample)] if self.sample else []
-        answers = yield from complete(asks)
+        answers = yield from complete([switched(read.row, a) for a in asks])
         anchor = given if given is not None else whole(answers[0].replies[0])
         if self.sample:
             texts = [r.text.strip() for r in answers[-1].replies if r.finish_reason != "length"]

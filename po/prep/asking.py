@@ -69,6 +69,11 @@ def conversation(row: Row) -> tuple[Mapping[str, str], ...]:
     return tuple({"role": str(m["role"]), "content": _content(m)} for m in row.prompt)
 
 
+def switched(row: Row, ask: Ask) -> Ask:
+    """The request with the row's tools and switches of the chat template."""
+    return replace(ask, tools=row.tools or (), template_kwargs=row.template_kwargs)
+
+
 def as_text(row: Row) -> str:
     """The prompt as a judge is shown it: what a user asked, or the conversation with who says what."""
     messages = conversation(row)

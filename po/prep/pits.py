@@ -17,11 +17,13 @@ from po.prep.asking import (
     Rounds,
     as_text,
     complete,
+    conversation,
     plain,
     read_answers,
     said,
     say,
     settled,
+    switched,
     without_tokens,
     written,
 )
@@ -171,8 +173,8 @@ class Steps:
         elif prefix:
             messages = say(self.go_on.fill(task=as_text(read.row), prefix=prefix))
         else:
-            messages = say(as_text(read.row))
-        return self.sampling.ask(messages, n=self.samples)
+            messages = conversation(read.row)
+        return switched(read.row, self.sampling.ask(messages, n=self.samples))
 
     def _row(
         self,

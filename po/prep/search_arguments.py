@@ -167,7 +167,7 @@ def _add_steps(p: argparse.ArgumentParser) -> None:
     g.add_argument("--after", metavar="TEXT", help="only what follows the last of these counts, e.g. </think>")
     g.add_argument("--pattern", help="exact: its last match (its first group, if it has one) is the answer")
     g = p.add_argument_group("steps")
-    g.add_argument("--separator", default=r"\n", help=r"between two steps; \n is a line end")
+    g.add_argument("--step-separator", default=r"\n", help=r"between two steps; \n is a line end")
     g.add_argument("--samples", type=positive, default=Steps.samples, metavar="N", help="solutions from each step on")
     g.add_argument("--best-of", type=positive, default=Steps.best_of, metavar="K", help="1: the value is the share")
     g.add_argument("--per-prompt", type=positive, default=Steps.per_prompt, metavar="N", help="wrong solutions at most")
@@ -177,9 +177,9 @@ def _add_steps(p: argparse.ArgumentParser) -> None:
 def _steps(args: argparse.Namespace) -> None:
     if args.pattern is not None and args.verifier != "exact":
         raise UserError("--pattern: goes with --verifier exact")
-    separator = args.separator.replace("\\n", "\n")
+    separator = args.step_separator.replace("\\n", "\n")
     if not separator:
-        raise UserError("--separator: expected a text that is not empty")
+        raise UserError("--step-separator: expected a text that is not empty")
     given = {"column": args.answer, "after": args.after, "pattern": args.pattern}
     reads = {k: v for k, v in given.items() if v is not None}
     prompts, how = replaced([CONTINUE], args.prompt_file), sampling(args)
