@@ -20,6 +20,7 @@ from po.data.tokenize import Encoder, RowFaultError
 from po.errors import UserError
 from po.policy import load_frozen, load_tokenizer, plainly, tokenizer_key
 from po.prep.chat import TEXT, Answer, Ask, Numbered, Reply
+from po.process import quiet
 from po.rollout.assemble import stop_ids
 from po.rollout.hf import HFSampler
 from po.rollout.sampler import Sampled, Sampling
@@ -39,6 +40,7 @@ class Local:
         self._spec = ModelSpec(model, dtype=dtype)  # type: ignore[arg-type]
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._numbered = Numbered(model)
+        quiet()
         self.tokenizer = load_tokenizer(self._spec)
         self._encoder = Encoder(self.tokenizer)
 
