@@ -420,9 +420,9 @@ def test_judges_through_a_server_and_a_resumed_run_pays_nothing_twice(tmp_path: 
     assert [a["reward"] for a in s["responses"]] == [1, 13, 7]
     assert (p["chosen_reward"], p["rejected_reward"], p["preference"]) == (1, 12, 0)
     assert s["judge"]["pointwise"] == {
-        "kind": "pointwise", "model": "big", **prompt_of(JudgeSpec("pointwise")).said,
+        "kind": "pointwise", "model": "big", "prompt": prompt_of(JudgeSpec("pointwise")).said,
     }  # fmt: skip
-    assert report["options"]["scorers"][1]["sha256"] == prompt_of(JudgeSpec("pairwise")).sha256
+    assert report["options"]["scorers"][1]["prompt"]["sha256"] == prompt_of(JudgeSpec("pairwise")).sha256
     assert [(a["content"], a["reward"]) for a in m["responses"]] == [("x", 1), ("zz", 12)]
     assert [(u["content"], u["scorer"]) for u in m["unscored"]] == [("mute", "pointwise"), ("mute", "pairwise")]
     sums = report["sums"]

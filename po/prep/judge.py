@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from po.prep.asking import Left, as_text, say, seeded
 from po.prep.chat import Answer, Ask, Chat, Dialogue, together
@@ -81,9 +81,9 @@ class Judge:
     prompt: Prompt
 
     @property
-    def said(self) -> dict[str, str]:
+    def said(self) -> dict[str, Any]:
         """What rows and reports say of it."""
-        return {"kind": self.spec.judge, "model": self.chat.name, **self.prompt.said}
+        return {"kind": self.spec.judge, "model": self.chat.name, "prompt": self.prompt.said}
 
     def rounds(self, read: ScoredSet, best: int | None, counts: Counter[str]) -> Rounds[list[Cell]]:
         """What to ask about a row, and at last a cell for each of its answers. best: with best_vs_rest."""

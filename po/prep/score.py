@@ -123,7 +123,8 @@ class Score:
         left = {k: why for k, why in lacking.items() if why}
         kept = [k for k in range(n) if k not in left]
         if left and self._missing == "bad":
-            return Outcome(problem=[_problem(w.record.where, k, *one) for k, why in left.items() for one in why])
+            found = [_problem(w.record.where, k, *one) for k, why in left.items() for one in why]
+            return Outcome(problem=found, sums=dict(sums))
         if left and (self._missing == "drop-row" or w.read.row.chosen_first or len(kept) < min(2, n)):
             name, why = next(iter(left.values()))[0]
             return Outcome(dropped=f"no score from {name} ({why.kind})", sums=dict(sums))
