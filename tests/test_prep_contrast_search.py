@@ -18,12 +18,13 @@ from prep_support import read, script, write
 
 from po.data.formats import convert
 from po.data.read import Record
+from po.data.wanted import Wanted
 from po.errors import UserError
 from po.prep.anchors import PURL
 from po.prep.chat import TEXT, Answer, Ask, Dialogue, Reply
 from po.prep.contrast import Sampling
 from po.prep.pits import Steps, split_steps, value
-from po.prep.second import Second, Two
+from po.prep.second import Second
 from po.prep.self_rewarding import Said, SelfRewarding, agreement
 from po.prep.step import Outcome
 from po.prep.tree import Spar
@@ -105,7 +106,7 @@ NEGATIVE = {"id": "n", "prompt": "Write abc.", "responses": [{"content": "r"}, {
 
 
 def world(passes: Mapping[str, int], critic: bool = True, votes: int = 5) -> Speak:
-    """A model whose refinements of r are r0, r1, r2, and of r0 r00 ...; passes: how many of the votes each text gets."""
+    """A model whose refinements of r are r0, r1, r2, and of r0 r00 ...; passes: how many votes each text gets."""
 
     def speak(ask: Ask) -> Sequence[str]:
         text = part(ask, "answer")
@@ -252,7 +253,11 @@ def test_spar_of_a_pair_begins_with_the_rejected_side_and_per_prompt_limits_sets
 
 
 def test_spar_answers_conversations_with_messages() -> None:
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "?"}, {"role": "user", "content": "abc"}]
+    talk = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "?"},
+        {"role": "user", "content": "abc"},
+    ]
     outcome, rounds = played(spar({"prompt": talk, "responses": ["r", "good"]}), world({"good": 5, "r0": 5}))
     assert part(rounds[0][0], "task") == "User: Hi\n\nAssistant: ?\n\nUser: abc"
     assert outcome.rows[0]["chosen"] == [{"role": "assistant", "content": "r0"}]
@@ -268,7 +273,10 @@ def test_a_request_without_an_answer_drops_the_row_by_its_name_and_keeps_the_cou
 
 
 def test_requests_differ_in_their_seeds_and_depend_on_the_given_one() -> None:
-    seeds = [[a.seed for asks in played(spar(sampling=Sampling(seed=s)), world({"good": 5}))[1] for a in asks] for s in (0, 0, 1)]
+    seeds = [
+        [a.seed for asks in played(spar(sampling=Sampling(seed=s)), world({"good": 5}))[1] for a in asks]
+        for s in (0, 0, 1)
+    ]
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == len(seeds[0])
     assert not set(seeds[0]) & set(seeds[2])
@@ -641,3 +649,139 @@ def test_equal_beginnings_are_asked_for_once_and_per_prompt_limits_the_wrong_one
     assert len(rounds[0]) == 2
     assert [r["id"] for r in outcome.rows] == ["s/0-pit", "s/1-pit"]
     assert outcome.sums["wrong solutions beyond --per-prompt"] == 1
+
+
+# --- the script
+
+
+def ran(kind: str, output: Path, rows: Sequence[Mapping[str, Any]], *argv: str) -> tuple[list[dict[str, Any]], Any]:
+    """What the script writes, and its report."""
+    source = write(output.with_name(f"{output.stem}-in.jsonl"), rows)
+    script("contrast").main([kind, source, "-o", str(output), *argv])
+    return read(output), json.loads(output.with_name(output.name + ".report.json").read_text())
+
+
+def shown(body: Body, tag: str) -> str:
+    return part(Ask(messages=tuple(body["messages"])), tag)
+
+
+def speaking(speak: Speak) -> Callable[[Body], list[str]]:
+    def answer(body: Body) -> list[str]:
+        said = speak(Ask(messages=tuple(body["messages"]), n=body.get("n", 1)))
+        assert not isinstance(said, Answer)
+        return list(said)
+
+    return answer
+
+
+def test_the_script_searches_and_a_second_run_pays_nothing(tmp_path: Path) -> None:
+    rows = [NEGATIVE, {**NEGATIVE, "id": "fine", "responses": ["good"]}, {**NEGATIVE, "id": "lost", "responses": ["z"]}]
+    out = tmp_path / "o.jsonl"
+    with FakeOpenAI(speaking(world({"good": 5, "r2": 4}))) as server:
+        argv = ["--model", "m", "--url", server.url, "--depth", "1", "--price-out", "2"]
+        made, report = ran("spar", out, rows, *argv)
+        paid = len(server.bodies)
+        again, second = ran("spar", out, rows, *argv, "--force")
+        assert len(server.bodies) == paid
+    assert [(r["id"], r["chosen"], r["rejected"]) for r in made] == [("n/0-spar", "r2", "r")]
+    assert made == again
+    assert report["dropped"] == {"no answer that the majority fails": 1, "no refinement passed": 1}
+    assert report["sums"]["nodes"] == 6
+    assert report["sums"]["verdicts"] == 5 * (4 + 6)
+    assert report["sums"]["requests"] == paid == second["sums"]["requests"]
+    assert report["sums"]["cost ($)"] > 0
+    assert report["options"]["verdicts"] == 5
+    assert {p["id"] for p in report["options"]["prompts"]} == {"spar-judge", "spar-refine"}
+
+
+def test_the_script_asks_this_model_and_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    earlier = judged({"a": (3, 3, 3), "b": (5, 5, 5), "c": (1, 1, 1)})
+    with FakeOpenAI(speaking(judged(POINTS))) as now, FakeOpenAI(speaking(earlier)) as before:
+        argv = ["--model", "m2", "--url", now.url, "--previous-model", "m1", "--previous-url", before.url]
+        rows, report = ran("self_rewarding", tmp_path / "o.jsonl", [SET, {**SET, "id": "t"}], *argv)
+        assert {b["model"] for b in now.bodies} == {"m2"}
+        assert {b["model"] for b in before.bodies} == {"m1"}
+        assert len(now.bodies) == len(before.bodies) == 6
+        said = capsys.readouterr().out
+        assert "mean consistency 0.3333; --consistency 0.3333" in said
+        constant, _ = ran("self_rewarding", tmp_path / "o.jsonl", [SET], *argv, "--consistency", "0.3333", "--force")
+    assert [(r["chosen"], r["rejected"], r["consistency"]) for r in rows] == [("a", "b", pytest.approx(1 / 3))] * 2
+    assert report["sums"]["consistency, summed"] == pytest.approx(2 / 3)
+    assert report["options"]["previous"]["model"] == "m1"
+    assert sorted(p.name for p in tmp_path.glob("*.calls.jsonl")) == [
+        "o.jsonl.calls.jsonl",
+        "o.jsonl.previous.calls.jsonl",
+    ]
+    assert constant[0]["consistency"] == 0.3333
+    row = convert(Record("w", constant[0]), SOURCE, Wanted(columns=("consistency",))).row
+    assert row is not None
+    assert row.columns == {"consistency": 0.3333}
+
+
+def test_the_script_ranks_by_log_probs_without_any_model(tmp_path: Path) -> None:
+    fields = ("logps", "ref", "old", "old_ref")
+    numbers = {"a": (-2.0, -4.0, -3.0, -4.0), "b": (-1.0, -4.0, -3.0, -4.5), "c": (-5.0, -2.0, -9.0, -4.0)}
+    answers = [{"content": c, **{k: [x] for k, x in zip(fields, xs)}} for c, xs in numbers.items()]
+    argv = ["--now", "logps", "--now-less", "ref", "--before", "old", "--before-less", "old_ref"]
+    rows, report = ran("self_rewarding", tmp_path / "o.jsonl", [{"prompt": "q", "responses": answers}], *argv)
+    assert [(r["chosen"], r["rejected"], r["consistency"]) for r in rows] == [("b", "c", 1.0)]
+    assert [rows[0]["chosen_reward"], rows[0]["rejected_reward"]] == [3.0, -3.0]
+    assert "requests" not in report["sums"]
+    assert not list(tmp_path.glob("*.calls.jsonl"))
+
+
+def test_the_script_asks_a_teacher_for_anchors(tmp_path: Path) -> None:
+    def student(body: Body) -> list[str] | dict[str, Any]:
+        if "top_logprobs" not in body:
+            return ["a", "b", "d"]
+        ask = Ask(messages=tuple(body["messages"]))
+        top = preferring(QUALITY)(ask)
+        assert isinstance(top, Answer)
+        assert top.replies[0].top is not None
+        found = completion(body, "yes")
+        likeliest = [{"token": t, "bytes": None, "logprob": p} for t, p in top.replies[0].top[0].items()]
+        found["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = likeliest
+        return found
+
+    with FakeOpenAI(student) as small, FakeOpenAI(lambda _: "T") as big:
+        argv = ["--model", "m", "--url", small.url, "--teacher-model", "big", "--teacher-url", big.url]
+        rows, report = ran("pu_rl", tmp_path / "o.jsonl", [{"id": "s", "prompt": "q"}], *argv, "--candidates", "3")
+        assert len(big.bodies) == 1
+    answers = rows[0]["responses"]
+    assert [(a["content"], a["reward"]) for a in answers] == [("a", 0.5), ("b", 0.0), ("d", 1.0), ("T", 1.0)]
+    assert report["sums"]["comparisons"] == 6
+    assert report["options"]["teacher"]["model"] == "big"
+    assert "anchor" not in rows[0]
+
+
+def test_the_script_verifies_steps(tmp_path: Path) -> None:
+    row = {**PROBLEM, "responses": ["5 + 3\nis 7", "5 + 3\nis 8"]}
+    with FakeOpenAI(lambda body: ["is 8", "is 7", "is 9", "is 8.", "?"] * 2) as server:
+        argv = ["--verifier", "exact", "--pattern", r"\d+", "--best-of", "1", "--samples", "10"]
+        rows, report = ran("steps", tmp_path / "o.jsonl", [row], "--model", "m", "--url", server.url, *argv)
+    assert rows[0]["step_values"] == [0.4, 0.4, 0.0]
+    assert rows[0]["pit"] == 2
+    assert [a["content"] for a in rows[0]["responses"]] == ["5 + 3\nis 8", "5 + 3\nis 7"]
+    assert report["sums"]["solutions sampled"] == 20
+    assert report["options"]["verifier_options"] == {"column": "answer", "pattern": r"\d+"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "argv", "said"),
+    [
+        ("spar", ["--model", "m", "--gate", "0.2"], "--gate: expected 0.5 or more, and less than 1, got 0.2"),
+        ("spar", ["--model", "m", "--prompt-file", "judge=x"], "--prompt-file: expected ID=FILE"),
+        ("self_rewarding", [], "expected --model, which judges, or --now"),
+        ("self_rewarding", ["--model", "m", "--now", "reward"], "and not both"),
+        ("self_rewarding", ["--model", "m", "--now-less", "x"], "--now-less: goes with --now"),
+        ("self_rewarding", ["--now", "x", "--before", "y", "--previous-model", "m"], "expected one of them"),
+        ("self_rewarding", ["--now", "x", "--consistency", "7"], "--consistency: expected 0 to 1, got 7"),
+        ("pu_rl", ["--model", "m", "--anchor-weight", "-1"], "--anchor-weight: expected 0 or more, got -1"),
+        ("pu_rl", ["--model", "m", "--candidates", "1"], "--candidates: expected two or more"),
+        ("steps", ["--model", "m", "--verifier", "math", "--pattern", "x"], "--pattern: goes with --verifier exact"),
+    ],
+)
+def test_the_script_refuses_what_does_not_go_together(tmp_path: Path, kind: str, argv: list[str], said: str) -> None:
+    with pytest.raises(UserError) as e:
+        script("contrast").main([kind, write(tmp_path / "i.jsonl", []), "-o", str(tmp_path / "o.jsonl"), *argv])
+    assert said in str(e.value)
