@@ -178,7 +178,7 @@ def test_a_plain_answer_keeps_the_white_space_around_it() -> None:
         (revised(f" {OLD.upper()} "), "the revision is the answer"),
         (revised("Not one word in common here!"), "a new answer, no revision"),
         (revised(f"Here is the corrected answer: {NEW}"), "speaks of a revision"),
-        (revised(f"The student meant this. {NEW}"), "speaks of a revision"),
+        (revised(f"The learner meant this. {NEW}"), "speaks of a revision"),
         (revised(f"I've revised it. {NEW}"), "speaks of a revision"),
         (revised(f"{NEW} This revision names the author."), "speaks of a revision"),
         (Answer(problem="HTTP 500: failed"), "no answer: HTTP 500: failed"),
@@ -190,6 +190,11 @@ def test_a_reply_that_will_not_do_drops_the_row(said: Sent, reason: str) -> None
     assert not any(name.startswith("mean") for name in outcome.sums)
 
 
+def test_a_reasoning_models_thought_may_speak_of_the_marker() -> None:
+    _, outcome = clair(PAIR, f"<think>I must write [[NOTES]] and [[REVISED]] here.</think>\n{revised(NEW)}")
+    assert outcome.rows[0]["chosen"][0]["content"] == NEW
+
+
 @pytest.mark.parametrize("marker", ["**[[REVISED]]**", "### [[REVISED]]:", "`[[REVISED]]`", "**[[REVISED]]:**"])
 def test_a_marker_may_be_emphasised(marker: str) -> None:
     _, outcome = clair(PAIR, f"[[NOTES]] hm\n{marker}\n\n{NEW}\n")
@@ -197,9 +202,12 @@ def test_a_marker_may_be_emphasised(marker: str) -> None:
 
 
 def test_words_of_the_task_itself_do_not_speak_of_a_revision() -> None:
-    task = "Tell the student who wrote Hamlet, as a corrected version of the note."
-    _, outcome = clair({**SET, "prompt": task}, revised(f"The student should know: {NEW}"))
-    assert outcome.rows
+    for task, text in (
+        ("Tell the learner who wrote Hamlet.", f"The learner should know: {NEW}"),
+        ("Write a corrected version of the note.", f"The corrected version: {NEW}"),
+        ("Who wrote Hamlet?", f"To answer a question that the students have: {NEW}"),
+    ):
+        assert clair({**SET, "prompt": task}, revised(text))[1].rows
     _, outcome = clair(SET, revised("Hamlet was written."), least_jaccard=0.5)
     assert outcome.dropped == "a new answer, no revision"
 

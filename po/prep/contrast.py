@@ -13,7 +13,18 @@ from po.prep.prompts import Prompt
 from po.prep.rows import ScoredSet, pair_of
 
 _SIDE = re.compile(r"(?:^|[_-])(?:chosen|rejected)(?:[_-]|$)")  # said of one of two answers
-_OF_BOTH = {"margin", "margins", "preference", "strength", "strength_std", "flipped", "policy", "corruption"}
+_OF_BOTH = {
+    "margin",
+    "margins",
+    "preference",
+    "strength",
+    "strength_std",
+    "flipped",
+    "policy",
+    "corruption",
+    "consistency",
+}
+_THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # of a reasoning model; it may speak of the marker
 _MARKER = re.compile(r"\[\[[A-Z]+\]\]")
 
 
@@ -42,8 +53,9 @@ def whole(reply: Reply) -> str:
 
 
 def after(marker: str, reply: Reply) -> str:
-    """What stands behind the marker, which may be emphasised or followed by a colon."""
-    parts = re.split(rf"[*_`#]*{re.escape(marker)}[*_`]*:?[*_`]*", whole(reply))
+    """What stands behind the marker, which may be emphasised or followed by a colon. Left where there is no such text."""
+    said = _THOUGHT.sub("", whole(reply))
+    parts = re.split(rf"[*_`#]*{re.escape(marker)}[*_`]*:?[*_`]*", said)
     if len(parts) < 2:
         raise Left("no marker in the reply")
     if len(parts) > 2 or _MARKER.search(parts[1]):

@@ -23,9 +23,8 @@ from po.spec import Source
 
 _DONE = "revised|corrected|improved|rewritten|edited|refined"
 _MENTION = re.compile(
-    rf"\b(?:(?:{_DONE}) (?:answer|response|solution|version|reply|draft)|the (?:student|learner)\b|"
-    rf"(?:original|previous|initial) (?:answer|response|solution|reply)|answer [AB]\b|"
-    rf"I(?:'ve| have)? (?:{_DONE})|(?:the|this) revision)",
+    rf"\b(?:(?:{_DONE}) (?:answer|response|solution|version|reply|draft)|(?:original|previous) (?:answer|response|reply)|"
+    rf"the learner|student's (?:answer|solution|work)|answer (?-i:[AB])\b|I(?:'ve| have)? (?:{_DONE})|this revision)\b",
     re.IGNORECASE,
 )
 
