@@ -198,7 +198,7 @@ def test_the_shape_of_a_tree_that_finds_nothing(branch: int, keep: int, depth: i
 
 
 def test_spar_removes_children_without_a_critique() -> None:
-    def speak(ask: Ask) -> Sequence[str]:
+    def speak(ask: Ask) -> Sequence[str] | Answer:
         if is_judging(ask) and part(ask, "answer") in ("r0", "r1"):
             return ["Verdict: no"] * 5
         return world({"good": 5})(ask)
@@ -631,6 +631,14 @@ def test_what_cannot_be_verified_is_neither_right_nor_wrong() -> None:
     assert played(steps({**PROBLEM, "responses": ["8", "= 8"]}), speak)[0].dropped == "no wrong solution"
 
 
+def test_a_right_solution_that_was_cut_counts_but_is_not_preferred() -> None:
+    cut = Answer((Reply("8", "length"), Reply("so 8", "stop"), Reply("9", "stop"), Reply("7", "stop")))
+    outcome, _ = played(steps({**PROBLEM, "responses": ["a\n9"]}, best_of=1), lambda _: cut)
+    assert outcome.rows[0]["step_values"] == [0.5, 0.5, 0.0]
+    assert outcome.rows[0]["responses"][0]["content"] == "a\nso 8"
+    assert outcome.sums["solutions sampled that were cut"] == 2
+
+
 def test_a_row_without_an_answer_is_bad() -> None:
     outcome, _ = played(steps({**PROBLEM, "answer": None}), going_on({}))
     assert str(outcome.problem) == "w: answer: expected what the verifier compares with, got nothing"
@@ -694,7 +702,7 @@ def test_the_script_searches_and_a_second_run_pays_nothing(tmp_path: Path) -> No
     assert {p["id"] for p in report["options"]["prompts"]} == {"spar-judge", "spar-refine"}
 
 
-def test_the_script_asks_this_model_and_the_one_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_asks_this_model_and_the_one_before(tmp_path: Path) -> None:
     earlier = judged({"a": (3, 3, 3), "b": (5, 5, 5), "c": (1, 1, 1)})
     with FakeOpenAI(speaking(judged(POINTS))) as now, FakeOpenAI(speaking(earlier)) as before:
         argv = ["--model", "m2", "--url", now.url, "--previous-model", "m1", "--previous-url", before.url]
@@ -702,11 +710,9 @@ def test_the_script_asks_this_model_and_the_one_before(tmp_path: Path, capsys: p
         assert {b["model"] for b in now.bodies} == {"m2"}
         assert {b["model"] for b in before.bodies} == {"m1"}
         assert len(now.bodies) == len(before.bodies) == 6
-        said = capsys.readouterr().out
-        assert "mean consistency 0.3333; --consistency 0.3333" in said
         constant, _ = ran("self_rewarding", tmp_path / "o.jsonl", [SET], *argv, "--consistency", "0.3333", "--force")
     assert [(r["chosen"], r["rejected"], r["consistency"]) for r in rows] == [("a", "b", pytest.approx(1 / 3))] * 2
-    assert report["sums"]["consistency, summed"] == pytest.approx(2 / 3)
+    assert report["sums"]["mean consistency"] == 0.333333
     assert report["options"]["previous"]["model"] == "m1"
     assert sorted(p.name for p in tmp_path.glob("*.calls.jsonl")) == [
         "o.jsonl.calls.jsonl",

@@ -13,7 +13,6 @@ from po.prep.chat import Chat, Dialogue, together
 from po.prep.chat_arguments import add_chat, chat_options
 from po.prep.contrast import Sampling
 from po.prep.prompts import Prompt
-from po.prep.report import StepReport
 from po.prep.step import run_step
 
 
@@ -28,9 +27,9 @@ class Command:
 
 def asking(
     args: argparse.Namespace, model: Chat, work: Callable[[Record], Dialogue], options: Mapping[str, Any]
-) -> StepReport:
+) -> None:
     """Run a strategy that asks a model on every row."""
-    return run_step(
+    run_step(
         f"contrast {args.kind}",
         sources(args),
         args.output,

@@ -62,15 +62,18 @@ def value(rights: Sequence[bool], best_of: int) -> float:
 
 @dataclass(frozen=True)
 class Tried:
-    """What was sampled after one beginning: the whole solutions that could be verified, and which are right."""
+    """What was sampled after one beginning: of the solutions that could be verified which are right.
 
-    texts: tuple[str, ...]
+    texts: theirs; of one that was cut None.
+    """
+
+    texts: tuple[str | None, ...]
     rights: tuple[bool, ...]
 
     @property
     def right(self) -> str | None:
-        """The first right solution."""
-        return next((t for t, right in zip(self.texts, self.rights, strict=True) if right), None)
+        """The first right solution that is whole."""
+        return next((t for t, right in zip(self.texts, self.rights, strict=True) if right and t is not None), None)
 
 
 @dataclass(frozen=True)
@@ -155,10 +158,11 @@ class Steps:
         for b, answer in zip(begun, answers, strict=True):
             texts = [b + r.text.removeprefix(b) for r in answer.replies]
             found = self._verified(read, texts)
+            cut = [r.finish_reason == "length" for r in answer.replies]
             counts["solutions sampled"] += len(texts)
-            counts["solutions sampled that were cut"] += sum(r.finish_reason == "length" for r in answer.replies)
+            counts["solutions sampled that were cut"] += sum(cut)
             counts["solutions that could not be verified"] += found.count(None)
-            known = [(t, v > 0) for t, v in zip(texts, found, strict=True) if v is not None]
+            known = [(None if c else t, v > 0) for t, v, c in zip(texts, found, cut, strict=True) if v is not None]
             if not known:
                 raise Left("no sampled solution could be verified")
             out.append(Tried(tuple(t for t, _ in known), tuple(right for _, right in known)))

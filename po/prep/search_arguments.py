@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
@@ -64,7 +63,7 @@ def _add_self_rewarding(p: argparse.ArgumentParser) -> None:
     g.add_argument("--previous-model", metavar="MODEL", help="or by the points that this model gives")
     g.add_argument("--previous-url", metavar="URL", help="of its server; none: it runs here")
     g.add_argument("--agreement", choices=get_args(Agreement), default="kendall", help="top: same first and same last")
-    g.add_argument("--consistency", type=float, metavar="C", help="write this in all rows: the mean of a first run")
+    g.add_argument("--consistency", type=float, metavar="C", help="write this in all rows: a first run's mean")
 
 
 def _self_rewarding(args: argparse.Namespace) -> None:
@@ -93,10 +92,7 @@ def _self_rewarding(args: argparse.Namespace) -> None:
     model, more = _with_second(args, first, args.previous_model, args.previous_url, "previous")
     if model is not None:
         options |= {"verdicts": args.verdicts, **asdict(how), **said(prompts.values()), **more}
-    report = asking(args, model or Nobody(), work, options)
-    if report.tally.rows_out and ranked != "nothing":
-        mean = report.tally.sums.get("consistency, summed", 0.0) / report.tally.rows_out
-        sys.stdout.write(f"mean consistency {mean:.4f}; --consistency {mean:.4f} writes it in every row\n")
+    asking(args, model or Nobody(), work, options)
 
 
 def _said(args: argparse.Namespace, name: str) -> Said | None:

@@ -102,7 +102,7 @@ class SelfRewarding:
         more: dict[str, Any] = {"id": f"{read.row.id}/{best}-{worst}"}
         if self.before != "nothing":
             c = agreement(ours, theirs, self.how)
-            counts["consistency, summed"] += c  # type: ignore[assignment]
+            counts["mean consistency"] += c  # type: ignore[assignment]
             counts["pairs that CREAM turns over (consistency below 1/2)"] += c < 0.5
             more |= {"consistency": c} if self.constant is None else {"own_consistency": c}
         if self.constant is not None:
