@@ -6,15 +6,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from po.errors import UserError
-from po.prep.arguments import add_sources, add_step, end, parser, positive, running, sources
+from po.prep.arguments import add_ray, add_sources, add_step, batched, end, parser, positive, running, sources
 from po.prep.chat import together
 from po.prep.chat_arguments import add_chat, chat, chat_options
 from po.prep.local import Local
 from po.prep.sample import Draws, Sample, options
-from po.prep.step import run_step
+from po.prep.step import BatchWork, run_step
+from po.spec import Source
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -23,6 +25,7 @@ def arguments() -> argparse.ArgumentParser:
     add_sources(p)
     add_step(p, num_proc=False)
     add_chat(p)
+    add_ray(p)
     g = p.add_argument_group("drawing")
     g.add_argument("-k", type=positive, required=True, help="responses to each prompt")
     g.add_argument("--temperature", type=float, nargs="+", default=[1.0], metavar="T", help="in turn over the K")
@@ -84,19 +87,26 @@ def systems(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys([*args.system, *(line.strip() for line in lines if line.strip())]))
 
 
+def prepared(args: argparse.Namespace, how: Draws, source: Source) -> BatchWork:
+    """The model loaded, and what is done with it."""
+    model = chat(args, args.output)
+    work = Sample(source, how, model.name, model if isinstance(model, Local) else None)
+    return lambda records: together(model, [work(r) for r in records], [r.where for r in records])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """One run."""
     args = arguments().parse_args(argv)
     how, read = draws(args), sources(args)
-    model = chat(args, args.output)
-    work = Sample(read[0], how, model.name, model if isinstance(model, Local) else None)
+    if args.ray and args.url:
+        raise UserError("--ray: is for a model that runs here; a server is asked more at a time with --concurrency")
     run_step(
         "sample",
         read,
         args.output,
         options={**options(how), **chat_options(args), "batch": args.batch},
-        batch_work=lambda records: together(model, [work(r) for r in records], [r.where for r in records]),
         batch=args.batch,
+        **batched(args, partial(prepared, args, how, read[0])),
         **running(args),
     )
 
