@@ -13,17 +13,7 @@ from po.prep.prompts import Prompt
 from po.prep.rows import ScoredSet, pair_of
 
 _SIDE = re.compile(r"(?:^|[_-])(?:chosen|rejected)(?:[_-]|$)")  # said of one of two answers
-_OF_BOTH = {
-    "margin",
-    "margins",
-    "preference",
-    "strength",
-    "strength_std",
-    "flipped",
-    "policy",
-    "corruption",
-    "consistency",
-}
+_OF_BOTH = {"margin", "margins", "preference", "strength", "strength_std", "flipped", "consistency", "policy"}
 _THOUGHT = re.compile(r"^\s*<think>.*?</think>", re.DOTALL)  # of a reasoning model; it may speak of the marker
 _MARKER = re.compile(r"\[\[[A-Z]+\]\]")
 
@@ -53,7 +43,7 @@ def whole(reply: Reply) -> str:
 
 
 def after(marker: str, reply: Reply) -> str:
-    """What stands behind the marker, which may be emphasised or followed by a colon. Left where there is no such text."""
+    """What stands behind the marker, which may be emphasised or followed by a colon. Left without such."""
     said = _THOUGHT.sub("", whole(reply))
     parts = re.split(rf"[*_`#]*{re.escape(marker)}[*_`]*:?[*_`]*", said)
     if len(parts) < 2:

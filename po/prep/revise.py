@@ -23,8 +23,9 @@ from po.spec import Source
 
 _DONE = "revised|corrected|improved|rewritten|edited|refined"
 _MENTION = re.compile(
-    rf"\b(?:(?:{_DONE}) (?:answer|response|solution|version|reply|draft)|(?:original|previous) (?:answer|response|reply)|"
-    rf"the learner|student's (?:answer|solution|work)|answer (?-i:[AB])\b|I(?:'ve| have)? (?:{_DONE})|this revision)\b",
+    rf"\b(?:(?:{_DONE}) (?:answer|response|solution|version|reply|draft)|"
+    rf"(?:original|previous) (?:answer|response|reply)|the learner|"
+    rf"student's (?:answer|solution|work)|answer (?-i:[AB])\b|I(?:'ve| have)? (?:{_DONE})|this revision)\b",
     re.IGNORECASE,
 )
 
