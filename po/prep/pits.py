@@ -111,8 +111,7 @@ class Steps:
     def _rows(self, read: ScoredSet, counts: Counter[str]) -> Generator[list[Ask], list[Answer], list[dict[str, Any]]]:
         wrong, solutions = self._told_apart(read, counts)
         steps = {k: split_steps(text, self.separator) for k, text in wrong.items()}
-        places = {(k, i): "".join(s[:i]) for k, s in steps.items() for i in range(1, len(s))}
-        begun = [*dict.fromkeys(["", *places.values()])]
+        begun = [*dict.fromkeys(["", *("".join(s[:i]) for s in steps.values() for i in range(1, len(s)))])]
         tried = dict(zip(begun, (yield from self._tried(read, begun, counts)), strict=True))
         start = value(tried[""].rights, self.best_of)
         rows = []
@@ -127,6 +126,7 @@ class Steps:
             if good is None:
                 counts["wrong solutions left: no right one to prefer"] += 1
                 continue
+            counts["pairs of prompts with a value of 0"] += start == 0
             rows.append(self._row(read, k, one, start, values, pit, good))
         if not rows:
             raise Left("no right solution, nor a right continuation")
