@@ -98,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """One run."""
     args = arguments().parse_args(argv)
     how, read = draws(args), sources(args)
-    if args.ray and args.url:
-        raise UserError("--ray: is for a model that runs here; a server is asked more at a time with --concurrency")
     run_step(
         "sample",
         read,

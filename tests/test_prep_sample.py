@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_openai import FakeOpenAI, completion
-from prep_support import ran, script, write
+from prep_support import ROOT, ran, script, write
 from tiny import make_model
 
 from po.data.build import Build
@@ -138,6 +140,18 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_other_ones(tmp_p
 
     assert sample("a.jsonl") == sample("b.jsonl")
     assert sample("c.jsonl", "--seed", "1") != sample("b.jsonl")
+
+
+@pytest.mark.slow
+def test_ray_actors_give_the_same_bytes(tmp_path: Path, plain: str) -> None:
+    pytest.importorskip("ray")
+    rows = [{"id": str(i), "prompt": f"w{i % 7} w{i % 5}"} for i in range(20)]
+    argv = ["--model", plain, "-k", "3", "--refill", "2", "--batch", "4", *LOCAL]
+    ran("sample", *argv, output=tmp_path / "a.jsonl", rows=rows)
+    source = str(tmp_path / "a-in.jsonl")
+    command = [sys.executable, str(ROOT / "data_prep" / "sample.py"), source, "-o", str(tmp_path / "b.jsonl"), *argv]
+    subprocess.run([*command, "--ray", "2", "--ray-gpus", "0"], check=True)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
 
 
 def test_system_prompts_that_the_row_does_not_show(tmp_path: Path, talks: str) -> None:
@@ -370,6 +384,7 @@ def test_a_dry_run_asks_and_writes_nothing(tmp_path: Path) -> None:
         (["--near", "0"], "--near: expected above 0, at most 1"),
         (["--temperature", "0"], "--temperature 0: every draw is the same"),
         (["--system-in-prompt"], "--system-in-prompt: needs --system"),
+        (["--ray", "2", "--url", "http://x/v1"], "--ray: is for models that are loaded"),
         (["--system-file", "none.txt"], "--system-file: there is no file none.txt"),
         (["--url", "localhost:8000"], "--url: expected an address that begins with http"),
         (["--timeout", "0", "--url", "http://x/v1"], "--timeout: expected more than 0"),
