@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from po.errors import UserError
-from po.prep.arguments import add_sources, add_step, end, parser, positive, running, sources
+from po.prep.arguments import add_ray, add_sources, add_step, batched, end, parser, positive, running, sources
 from po.prep.chat_arguments import add_chat, chat_options
 from po.prep.judge_spec import JudgeSpec
 from po.prep.merge import Merging, check_weights
-from po.prep.score import Given, Missing, Score
-from po.prep.scorers import described, ready, stated
+from po.prep.score import Build, Given, Missing
+from po.prep.scorers import check_judges, described, stated
 from po.prep.step import run_step
 
 
@@ -38,6 +38,7 @@ def arguments() -> argparse.ArgumentParser:
     g.add_argument("--batch", type=positive, default=64, metavar="ROWS", help="scored at once")
     g.add_argument("--tokenizer", metavar="MODEL", help="counts the tokens of text for verifiers that read lengths")
     add_chat(p, required=False)
+    add_ray(p)
     return p
 
 
@@ -48,31 +49,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_weights(args.merge, [(e.place, e.spec.weight) for e in entries])
     if all(e.spec.weight == 0 for e in entries) and args.given != "merge":
         raise UserError("every scorer has the weight 0, so that none makes the reward; give one another weight")
-    scorers = ready(entries, args, _tokenizer(args.tokenizer), _device(args.device))
+    check_judges(entries, args)
+    options: dict[str, Any] = {"scorers": described(entries, args)}
+    options |= {k: getattr(args, k) for k in ("merge", "missing", "given", "batch", "tokenizer", "device")}
+    if any(isinstance(e.spec, JudgeSpec) for e in entries):
+        options |= chat_options(args)
+    how = batched(args, Build(read[0], tuple(entries), args))
     try:
-        options: dict[str, Any] = {"scorers": described(scorers)}
-        options |= {k: getattr(args, k) for k in ("merge", "missing", "given", "batch", "tokenizer", "device")}
-        if any(isinstance(e.spec, JudgeSpec) for e in entries):
-            options |= chat_options(args)
-        work = Score(read[0], scorers, args.merge, args.missing, args.given)
-        run_step("score", read, args.output, batch_work=work, batch=args.batch, options=options, **running(args))
+        run_step("score", read, args.output, batch=args.batch, options=options, **how, **running(args))
     finally:
-        scorers.close()
-
-
-def _tokenizer(name: str | None) -> Any:
-    if name is None:
-        return None
-    from po.policy import load_tokenizer
-    from po.spec import ModelSpec
-
-    return load_tokenizer(ModelSpec(name))
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+        if "batch_work" in how:
+            how["batch_work"].close()
 
 
 if __name__ == "__main__":

@@ -331,8 +331,7 @@ def test_what_becomes_of_a_missing_score(tmp_path: Path, missing: str) -> None:
         assert out[1]["unscored"] == [{"content": "nan", "scorer": "some", "why": f"nan: {said}"}]
         assert report["dropped"] == {nan: 2, alone: 1}
         assert report["sums"]["answers left out: no score"] == 1
-    if missing != "bad":
-        assert report["sums"]["some: no score (nan)"] == 3
+    assert report["sums"]["some: no score (nan)"] == 3  # of bad rows too
 
 
 def test_a_scorer_takes_no_part_in_rows_that_it_does_not_apply_to(tmp_path: Path) -> None:
@@ -490,6 +489,18 @@ def test_scores_of_reward_models_can_be_selected_and_mended_by(tmp_path: Path, m
         assert after["flipped"] == (sum(margins) < 0)
 
 
+@pytest.mark.slow
+def test_actors_on_ray_give_the_same_bytes(tmp_path: Path, models: Path) -> None:  # noqa: F811
+    pytest.importorskip("ray.data", reason="the extra `ray` is not installed")
+    source = write(
+        tmp_path / "in.jsonl", [{"id": f"s{i}", "prompt": "w1 ", "responses": [f"w{i}", "w7"]} for i in range(6)]
+    )
+    argv = ["--scorer", json.dumps({"model": str(models / "rm"), "options": {"dtype": "float32"}}), "--batch", "2"]
+    for name, more in (("here", []), ("ray", ["--ray", "1"])):
+        script("score").main([source, "-o", str(tmp_path / f"{name}.jsonl"), *argv, *more])
+    assert (tmp_path / "ray.jsonl").read_bytes() == (tmp_path / "here.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -506,6 +517,7 @@ def test_scores_of_reward_models_can_be_selected_and_mended_by(tmp_path: Path, m
         (["--scorer", "{verifier: exact, weight: 0}"], "every scorer has the weight 0"),
         (["--scorer", "pairwise"], "a judge needs a model"),
         (["--scorer", "exact", "--model", "m"], "--model: is for judges"),
+        (["--scorer", "pairwise", "--model", "m", "--url", "http://x", "--ray", "2"], "--ray: is for models"),
         (["--scorer", "{judge: pairwise, scale: [1, 5]}"], ".scale: a pairwise judge does not read it"),
         (["--scorer", "{judge: pairwise, pairs: best_vs_rest}"], "go together"),
         (["--scorer", "{judge: pairwise, pairs: best_vs_rest, best_by: rm}"], ".best_by: expected a scorer before"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from po.data.report import NOTHING, Problem
 from po.prep.judge import Cell, Lacking, judged
 from po.prep.merge import Merging, merge
 from po.prep.rows import EVERYTHING, ScoredSet, read_set
-from po.prep.scorers import GIVEN, Scorers
+from po.prep.scorers import GIVEN, Entry, Scorers, ready
 from po.prep.step import Outcome
 from po.rewards import Rewards, Scored
 from po.rewards.cells import Kind
@@ -26,6 +27,20 @@ Given = Literal["refuse", "keep", "merge", "replace"]
 _WANTED = replace(EVERYTHING, unscored=True)
 _OURS = ("prompt", "completion", "completions", "completion_ids")
 _KINDS = (*get_args(Kind), "none")
+
+
+@dataclass(frozen=True)
+class Build:
+    """Makes a Score ready, in this process or in an actor. args: the script's."""
+
+    source: Source
+    entries: tuple[Entry, ...]
+    args: argparse.Namespace
+
+    def __call__(self) -> Score:
+        """Models loaded, processes started."""
+        scorers = ready(self.entries, self.args)
+        return Score(self.source, scorers, self.args.merge, self.args.missing, self.args.given)
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,10 @@ class Score:
         if rule == "first":
             first = next((n for n, w in self._weights.items() if w != 0), None)
             self._weights = {n: w if n == first else 0.0 for n, w in self._weights.items()}
+
+    def close(self) -> None:
+        """End the processes of rewards."""
+        self._scorers.close()
 
     def __call__(self, records: Sequence[Record]) -> list[Outcome]:
         """An outcome for each, in order."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from po.errors import UserError
+from po.policy import load_tokenizer
 from po.prep.chat import Chat
 from po.prep.chat_arguments import chat
 from po.prep.judge import Judge
@@ -19,7 +20,7 @@ from po.recipe import text
 from po.recipe.fields import parse, shown, unknown
 from po.recipe.report import Report
 from po.rewards import Rewards, build_rewards, reward_name
-from po.spec import RewardSpec
+from po.spec import ModelSpec, RewardSpec
 
 GIVEN = "given"  # the scorer that is the rewards which rows bring
 _JUDGES = ("pointwise", "pairwise")
@@ -51,8 +52,6 @@ def stated(path: str | None, inline: Sequence[str]) -> list[Entry]:
         if entry.name in [GIVEN, *(e.name for e in found[:i])]:
             taken = "stands for the rows' own rewards" if entry.name == GIVEN else "is the name of two scorers"
             raise UserError(f"{entry.place}.name: {entry.name!r} {taken}; give another `name`")
-        if isinstance(entry.spec, JudgeSpec):
-            check(entry.spec, entry.place)
     return found
 
 
@@ -107,38 +106,45 @@ class Scorers:
             self.rewards.close()
 
 
-def ready(entries: Sequence[Entry], args: argparse.Namespace, tokenizer: Any = None, device: str = "cpu") -> Scorers:
-    """Models loaded, processes started. args: add_chat's, for the judges. Raises UserError for what cannot work."""
-    judges, chats = [], dict[tuple[Any, ...], Chat]()
-    if args.model is not None and not any(isinstance(e.spec, JudgeSpec) and e.spec.model is None for e in entries):
-        raise UserError("--model: is for judges without a `model` of their own, and there is none. A reward model is a "
-                        "scorer: --scorer '{model: FOLDER}'")  # fmt: skip
-    for i, entry in enumerate(entries):
+def ready(entries: Sequence[Entry], args: argparse.Namespace) -> Scorers:
+    """Models loaded, processes started. args: the script's. Raises UserError for what cannot work."""
+    import torch
+
+    judges, chats, rewards = [], dict[tuple[Any, ...], Chat](), None
+    for entry in entries:
         if isinstance(entry.spec, JudgeSpec):
-            _check_best(entry, entries[:i])
             judges.append(Judge(entry.name, entry.spec, _chat(entry, args, chats), prompt_of(entry.spec)))
     plain = [(e.place, e.spec) for e in entries if isinstance(e.spec, RewardSpec)]
-    rewards = None
     if plain:
         places, specs = zip(*plain, strict=True)
+        tokenizer = None if args.tokenizer is None else load_tokenizer(ModelSpec(args.tokenizer))
+        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         rewards = build_rewards(specs, tokenizer=tokenizer, device=device, where=places)
     return Scorers(tuple(entries), rewards, tuple(judges))
 
 
-def _check_best(entry: Entry, before: Sequence[Entry]) -> None:
-    assert isinstance(entry.spec, JudgeSpec)
-    known = [e.name for e in before] + [GIVEN]
-    if entry.spec.best_by is not None and entry.spec.best_by not in known:
-        raise UserError(f"{entry.place}.best_by: expected a scorer before this one ({', '.join(known)}), "
-                        f"got {entry.spec.best_by!r}")  # fmt: skip
+def check_judges(entries: Sequence[Entry], args: argparse.Namespace) -> None:
+    """Raises UserError for judges without a model, a model without a judge, and `best_by` of what is not there."""
+    judges = [(i, e.place, e.spec) for i, e in enumerate(entries) if isinstance(e.spec, JudgeSpec)]
+    if args.model is not None and all(spec.model is not None for _, _, spec in judges):
+        mend = "A reward model is a scorer: --scorer '{model: FOLDER}'"
+        raise UserError(f"--model: is for judges without a `model` of their own, and there is none. {mend}")
+    for i, place, spec in judges:
+        check(spec, place)
+        known = [e.name for e in entries[:i]] + [GIVEN]
+        if spec.best_by is not None and spec.best_by not in known:
+            found = f"expected a scorer before this one ({', '.join(known)}), got {spec.best_by!r}"
+            raise UserError(f"{place}.best_by: {found}")
+        if args.model is None and spec.model is None:
+            raise UserError(f"{place}: a judge needs a model: --model MODEL, or `model` in the entry")
+        if args.ray is not None and (args.url is not None or spec.url is not None):
+            raise UserError("--ray: is for models that run here; one process asks a server as fast as it can answer")
 
 
 def _chat(entry: Entry, args: argparse.Namespace, made: dict[tuple[Any, ...], Chat]) -> Chat:
     """The judge's model. Each has a journal of its own; the command line's has the output's name."""
     own = {k: v for k in _OWN if (v := getattr(entry.spec, k)) is not None}
     mine = argparse.Namespace(**{**vars(args), **own})
-    if mine.model is None:
-        raise UserError(f"{entry.place}: a judge needs a model: --model MODEL, or `model` in the entry")
     key = tuple(getattr(mine, k) for k in _OWN)
     if key not in made:
         beside = args.output
@@ -148,20 +154,18 @@ def _chat(entry: Entry, args: argparse.Namespace, made: dict[tuple[Any, ...], Ch
     return made[key]
 
 
-def described(scorers: Scorers) -> list[dict[str, Any]]:
+def described(entries: Sequence[Entry], args: argparse.Namespace) -> list[dict[str, Any]]:
     """What decides the scores, for the report and to tell one command from another."""
-    judges = {j.name: j for j in scorers.judges}
     found = []
-    for entry in scorers.entries:
+    for entry in entries:
         plain = JudgeSpec(entry.spec.judge) if isinstance(entry.spec, JudgeSpec) else RewardSpec()
         names = [f.name for f in fields(entry.spec)]
         said = {n: v for n in names if (v := getattr(entry.spec, n)) != getattr(plain, n)}
-        if entry.name in judges:
-            found.append({"name": entry.name, **{k: v for k, v in said.items() if k not in ("judge", "prompt", *_OWN)},
-                          **judges[entry.name].said})  # fmt: skip
-            continue
+        if isinstance(entry.spec, JudgeSpec):
+            said = {k: v for k, v in said.items() if k not in ("url", "key_env")}  # a server may have moved
+            said |= {"model": entry.spec.model or args.model, "prompt": prompt_of(entry.spec).said}
         file = Path(str(said.get("function", "")).rpartition(":")[0])
-        code = file.read_bytes() if file.suffix == ".py" and file.is_file() else None
-        sha = {} if code is None else {"sha256": hashlib.sha256(code).hexdigest()}
-        found.append({**said, "name": entry.name, **sha})
+        if file.suffix == ".py" and file.is_file():
+            said["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        found.append({**said, "name": entry.name})
     return found

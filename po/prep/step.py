@@ -150,10 +150,10 @@ def _take(record: Record, outcome: Outcome, tally: Tally) -> bytes:
     except (ValueError, TypeError, RecursionError) as e:
         problem = Problem(record.where, "", "values that JSON can hold", str(e))
     tally.rows_in += 1
+    tally.add(outcome.sums)  # of a bad row too: what was asked about it was paid
     if problem is not None:
         tally.spoil([problem] if isinstance(problem, Problem) else list(problem))
         return b""
-    tally.add(outcome.sums)
     if outcome.dropped is not None or not outcome.rows:
         row_id = (record.data or {}).get("id")
         tally.drop(outcome.dropped or "gave no row", record.where if row_id is None else str(row_id))
