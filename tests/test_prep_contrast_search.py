@@ -24,6 +24,7 @@ from po.prep.anchors import PURL
 from po.prep.chat import TEXT, Answer, Ask, Dialogue, Reply
 from po.prep.contrast import Sampling
 from po.prep.pits import Steps, split_steps, value
+from po.prep.search_prompts import POINTS as POINTS_PROMPT
 from po.prep.second import Second
 from po.prep.self_rewarding import Said, SelfRewarding, agreement
 from po.prep.step import Outcome
@@ -349,6 +350,7 @@ def test_a_model_pairs_the_best_of_its_answers_with_the_worst() -> None:
     assert row == {
         "id": "s/1-0", "prompt": "q", "topic": "t", "chosen": "a", "rejected": "b",
         "chosen_reward": 14 / 3, "rejected_reward": 2 / 3,
+        "contrast": {"strategy": "self_rewarding", "prompts": [POINTS_PROMPT.said]},
     }  # fmt: skip
     assert [len(asks) for asks in rounds] == [3]
     assert {(a.n, type(a)) for a in rounds[0]} == {(3, Ask)}
@@ -570,9 +572,9 @@ def steps(row: Mapping[str, Any] = PROBLEM, **options: Any) -> Dialogue:
 def test_the_pair_parts_at_the_first_pit() -> None:
     outcome, rounds = played(steps(best_of=1), going_on({"": 3, "one": 4, "two": 0, "three": 1}))
     (row,) = outcome.rows
-    assert row["step_values"] == pytest.approx([0.6, 0.8, 0.0, 0.2, 0.0])
-    assert row["step_advantages"] == pytest.approx([0.2, -0.8, 0.2, -0.2])
-    assert (row["id"], row["pit"], row["answer"]) == ("s/0-pit", 2, "8")
+    assert row["contrast"]["values"] == pytest.approx([0.6, 0.8, 0.0, 0.2, 0.0])
+    assert row["contrast"]["advantages"] == pytest.approx([0.2, -0.8, 0.2, -0.2])
+    assert (row["id"], row["contrast"]["pit"], row["answer"]) == ("s/0-pit", 2, "8")
     assert row["responses"] == [
         {"content": "one\nthen0 8", "source": "m", "reward": 1.0},
         {"content": "one\ntwo\n", "reward": 0.0, "ended": False},
@@ -590,17 +592,17 @@ def test_advantages_sum_to_the_outcome_less_the_value_of_the_prompt(seed: int, b
     rights = {name: draw.randrange(6) for name in ("", "one", "two", "three")}
     outcome, _ = played(steps(best_of=best_of), going_on(rights))
     (row,) = outcome.rows
-    values = row["step_values"]
-    assert sum(row["step_advantages"]) == pytest.approx(0 - values[0])
+    values = row["contrast"]["values"]
+    assert sum(row["contrast"]["advantages"]) == pytest.approx(0 - values[0])
     assert values[0] == pytest.approx(1 - (1 - rights[""] / 5) ** best_of)
-    assert values[row["pit"]] == min(values[1:])
-    assert min(values[1:]) not in values[1 : row["pit"]]
+    assert values[row["contrast"]["pit"]] == min(values[1:])
+    assert min(values[1:]) not in values[1 : row["contrast"]["pit"]]
 
 
 def test_a_pit_after_which_nothing_was_right_takes_a_right_solution() -> None:
     outcome, _ = played(steps(), going_on({"": 0, "one": 0, "two": 0, "three": 0}))
     assert outcome.rows[0]["responses"][0]["content"] == "right 8"
-    assert outcome.rows[0]["pit"] == 1
+    assert outcome.rows[0]["contrast"]["pit"] == 1
     assert outcome.sums["pairs with a right continuation"] == 0
     alone = {**PROBLEM, "responses": [SOLUTION, "other 9"]}
     outcome, _ = played(steps(alone), going_on({"": 0, "one": 1, "two": 0, "three": 0}))
@@ -613,7 +615,7 @@ def test_a_pit_after_which_nothing_was_right_takes_a_right_solution() -> None:
 def test_a_solution_whose_last_step_is_the_pit_stays_whole() -> None:
     outcome, _ = played(steps(), going_on({"": 5, "one": 5, "two": 4, "three": 3}))
     (row,) = outcome.rows
-    assert row["pit"] == 4
+    assert row["contrast"]["pit"] == 4
     assert row["responses"][1] == {"content": SOLUTION, "reward": 0.0}
     assert row["responses"][0]["content"] == "one\ntwo\nthree\nthen0 8"
 
@@ -625,7 +627,7 @@ def test_what_cannot_be_verified_is_neither_right_nor_wrong() -> None:
         return ["?!", "?!", "?!", "b 8", "c 9"]
 
     outcome, _ = played(steps(row, best_of=1), speak)
-    assert outcome.rows[0]["step_values"] == [0.5, 0.5, 0.0]
+    assert outcome.rows[0]["contrast"]["values"] == [0.5, 0.5, 0.0]
     assert outcome.sums["solutions that could not be verified"] == 1 + 2 * 3
     assert played(steps(row), lambda _: ["?!"] * 5)[0].dropped == "no sampled solution could be verified"
     assert played(steps({**PROBLEM, "responses": ["8", "= 8"]}), speak)[0].dropped == "no wrong solution"
@@ -634,7 +636,7 @@ def test_what_cannot_be_verified_is_neither_right_nor_wrong() -> None:
 def test_a_right_solution_that_was_cut_counts_but_is_not_preferred() -> None:
     cut = Answer((Reply("8", "length"), Reply("so 8", "stop"), Reply("9", "stop"), Reply("7", "stop")))
     outcome, _ = played(steps({**PROBLEM, "responses": ["a\n9"]}, best_of=1), lambda _: cut)
-    assert outcome.rows[0]["step_values"] == [0.5, 0.5, 0.0]
+    assert outcome.rows[0]["contrast"]["values"] == [0.5, 0.5, 0.0]
     assert outcome.rows[0]["responses"][0]["content"] == "a\nso 8"
     assert outcome.sums["solutions sampled that were cut"] == 2
 
@@ -765,8 +767,8 @@ def test_the_script_verifies_steps(tmp_path: Path) -> None:
     with FakeOpenAI(lambda body: ["is 8", "is 7", "is 9", "is 8.", "?"] * 2) as server:
         argv = ["--verifier", "exact", "--pattern", r"\d+", "--best-of", "1", "--samples", "10"]
         rows, report = ran("steps", tmp_path / "o.jsonl", [row], "--model", "m", "--url", server.url, *argv)
-    assert rows[0]["step_values"] == [0.4, 0.4, 0.0]
-    assert rows[0]["pit"] == 2
+    assert rows[0]["contrast"]["values"] == [0.4, 0.4, 0.0]
+    assert rows[0]["contrast"]["pit"] == 2
     assert [a["content"] for a in rows[0]["responses"]] == ["5 + 3\nis 8", "5 + 3\nis 7"]
     assert report["sums"]["solutions sampled"] == 20
     assert report["options"]["verifier_options"] == {"column": "answer", "pattern": r"\d+"}

@@ -99,8 +99,11 @@ class PURL:
         if self.weight:
             best = [plain(c, reward=c["reward"], weight=1.0) for c in best]
             best.append({**good, "reward": 1.0, "weight": self.weight})
+        prompt = self.with_anchor if self.compare == "anchor" else self.each_other
+        how = {"strategy": "pu_rl", "prompts": [prompt.said]}
         bare = without_tokens(read.fields) if self.weight or self.sample else read.fields
-        return [{**{k: v for k, v in bare.items() if k != self.anchor or not self.weight}, "responses": best}]
+        fields = {k: v for k, v in bare.items() if k != self.anchor or not self.weight}
+        return [{**fields, "contrast": how, "responses": best}]
 
     def _pairs(self, read: ScoredSet, ranked: Sequence[dict[str, Any]], good: dict[str, Any]) -> list[dict[str, Any]]:
         """The best candidate over the worst, and the anchor over the worst."""

@@ -195,5 +195,7 @@ class Steps:
         worse = plain(read.answers[k], content=written(read.row, "".join(steps[: pit + 1])), reward=0.0)
         if not (last and read.row.responses[k].ended):
             worse["ended"] = False
-        more = {"step_values": [start, *values], "step_advantages": step_advantages(start, values), "pit": pit + 1}
-        return {**without_tokens(read.fields), "id": f"{read.row.id}/{k}-pit", **more, "responses": [dict(good), worse]}
+        how: dict[str, Any] = {"strategy": "steps", "prompts": [self.go_on.said], "values": [start, *values]}
+        how |= {"advantages": step_advantages(start, values), "pit": pit + 1}
+        fields = without_tokens(read.fields)
+        return {**fields, "id": f"{read.row.id}/{k}-pit", "contrast": how, "responses": [dict(good), worse]}

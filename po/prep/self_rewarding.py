@@ -15,7 +15,7 @@ from po.data.read import Record
 from po.prep.agreement import kendall_tau
 from po.prep.asking import Left, Rounds, answered, as_text, read_answers, said, say, settled
 from po.prep.chat import Answer, Ask
-from po.prep.contrast import Sampling
+from po.prep.contrast import Sampling, contrast
 from po.prep.pairing import Rules, pairs
 from po.prep.prompts import Prompt
 from po.prep.rows import ScoredSet
@@ -25,6 +25,7 @@ from po.prep.step import Outcome
 from po.prep.verdicts import mean_points
 from po.spec import Source
 
+_OF_TOKENS = ("token_ids", "logps", "embedding", "teacher")
 Agreement = Literal["kendall", "top"]
 
 
@@ -95,20 +96,23 @@ class SelfRewarding:
         known = [k for k, (a, b) in enumerate(zip(now, before, strict=True)) if a is not None and b is not None]
         counts["answers without a score"] += len(now) - len(known)
         ours, theirs = [now[k] or 0.0 for k in known], [before[k] or 0.0 for k in known]
-        made = pairs(ours, [read.texts[k] for k in known], "", Rules())
-        if not made.pairs:
-            raise Left(str(made.refused))
-        best, worst = (known[i] for i in made.pairs[0])
-        more: dict[str, Any] = {"id": f"{read.row.id}/{best}-{worst}"}
+        found = pairs(ours, [read.texts[k] for k in known], "", Rules())
+        if not found.pairs:
+            raise Left(str(found.refused))
+        best, worst = (known[i] for i in found.pairs[0])
+        more: dict[str, Any] = {}
         if self.before != "nothing":
             c = agreement(ours, theirs, self.how)
             counts["mean consistency"] += c  # type: ignore[assignment]
             counts["pairs that CREAM turns over (consistency below 1/2)"] += c < 0.5
-            more |= {"consistency": c} if self.constant is None else {"own_consistency": c}
+            more = {"consistency": c} if self.constant is None else {"own_consistency": c}
         if self.constant is not None:
             more["consistency"] = self.constant
-        answers = [{**a, "reward": r} for a, r in zip(read.answers, now, strict=True)]
-        return [ScoredSet(read.row, read.fields, tuple(answers)).as_pair(best, worst, **more)]
+        bare = [{k: v for k, v in a.items() if k not in _OF_TOKENS} for a in read.answers]
+        better, worse = ({**bare[i], "reward": now[i]} for i in (best, worst))
+        prompts = [self.points] if self.now is None or self.before is None else []
+        made = contrast(read, "self_rewarding", better, worse, prompts)
+        return [{**made, **more, "id": f"{read.row.id}/{best}-{worst}"}]
 
     def _scores(
         self, read: ScoredSet, counts: Counter[str]
