@@ -297,7 +297,8 @@ def test_log_probs_of_a_server_count_where_it_gives_the_tokens(tmp_path: Path) -
 
 
 def test_a_server_continues_texts_and_may_have_no_log_probs(tmp_path: Path) -> None:
-    rows, _, bodies = served(tmp_path, lambda b: ["a", "b"], PROMPTS[:1], "-k", "2", "--no-logps", "--stop", "\n")
+    rows, report, bodies = served(tmp_path, lambda b: ["a", "b"], PROMPTS[:1], "-k", "2", "--no-logps", "--stop", "\n")
+    assert report["sums"]["responses without log-probs"] == 2
     assert bodies[0]["prompt"] == "w5 w6 w7"
     assert bodies[0]["stop"] == ["\n"]
     assert "logprobs" not in bodies[0]

@@ -191,8 +191,6 @@ def _lacking(ask: Ask, found: Sequence[Reply]) -> str | None:
         return "the server gave no reply"
     if ask.top_logprobs and any(r.top is None for r in found):
         return "the server gave no likeliest tokens (top_logprobs)"
-    if (ask.logprobs or ask.top_logprobs) and any(r.logprobs is None for r in found):
-        return "the server gave no log-probs"
     return None
 
 

@@ -94,6 +94,7 @@ class Sample:
             row = make_row(read, prompt, some, d.add, self.encoding, d.system_in_prompt)
             rows.append({**row, "id": f"{read.row.id}{name}"})
             counts["responses without token ids"] += sum("token_ids" not in r for r in row["responses"])
+        counts["responses without log-probs"] = sum(x.reply.logprobs is None for some in fit.values() for x in some)
         return Outcome(tuple(rows), sums={k: n for k, n in counts.items() if n})
 
     def _read(self, record: Record) -> ScoredSet | tuple[Problem, ...]:
