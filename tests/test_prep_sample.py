@@ -397,3 +397,11 @@ def test_the_script_refuses_what_cannot_be(tmp_path: Path, argv: list[str], said
     with pytest.raises(UserError) as e:
         script("sample").main([source, "-o", str(tmp_path / "o.jsonl"), "--model", "m", "-k", "2", *argv])
     assert said in str(e.value)
+
+
+def test_the_script_runs_by_itself_with_help_and_exit_codes(tmp_path: Path, plain: str) -> None:
+    assert "example:\n  python data_prep/sample.py" in script("sample").arguments().format_help()
+    command = [sys.executable, str(ROOT / "data_prep" / "sample.py"), "nothing.jsonl", "-o", "o.jsonl", "-k", "2"]
+    done = subprocess.run([*command, "--model", plain], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: nothing.jsonl not found")
