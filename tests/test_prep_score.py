@@ -341,6 +341,9 @@ def test_a_scorer_takes_no_part_in_rows_that_it_does_not_apply_to(tmp_path: Path
     assert [a["reward"] for r in out for a in r["responses"]] == [3, 3.5, 1, 2]
     assert [a["scores"] for a in out[1]["responses"]] == [{"long": 1}, {"long": 2}]
     assert report["sums"] == {"level: rows it does not apply to": 1}
+    alone = [{"id": "one", "prompt": "a", "completion": "x"}]
+    _, report = ran("score", *argv[:2], "--merge", "rank", output=tmp_path / "q.jsonl", rows=alone)
+    assert report["dropped"] == {"rank compares answers, and there is one": 1}
     out, report = ran("score", *argv[2:4], "--missing", "drop-row", output=tmp_path / "p.jsonl", rows=rows)
     assert report["dropped"] == {"no score from any scorer (none applies)": 1}
 

@@ -147,6 +147,8 @@ class Score:
         if left and (self._missing == "drop-row" or w.read.row.chosen_first or len(kept) < min(2, n)):
             name, why = next(iter(left.values()))[0]
             return Outcome(dropped=f"no score from {name} ({why.kind})", sums=dict(sums))
+        if len(kept) == 1 and self._rule in ("zscore", "rank"):
+            return Outcome(dropped=f"{self._rule} compares answers, and there is one", sums=dict(sums))
         sums["answers left out: no score"] += len(left)
         return Outcome((self._row(w, kept, applies, merged, left, sums),), sums={k: v for k, v in sums.items() if v})
 
