@@ -140,9 +140,9 @@ def build() -> BatchWork:
 
 def test_nobody_at_the_address(folder: Path) -> None:
     pytest.importorskip("ray", reason="the extra `ray` is not installed")
-    pool = OnRay(build, 1, address="127.0.0.1:1")
-    with pytest.raises(UserError, match=r"--ray-address 127\.0\.0\.1:1: nobody answers there"):
-        run_step("x", [Source(str(folder / "in.jsonl"))], folder / "o.jsonl", options={}, pool=pool)
+    for address, said in (("127.0.0.1:1", "nobody answers there"), ("ray://head:1", "on a machine of the cluster")):
+        with pytest.raises(UserError, match=f"--ray-address {address}: .*{said}"):
+            next(OnRay(build, 1, address=address)(lambda: iter([])))
 
 
 def test_arguments() -> None:

@@ -58,14 +58,17 @@ def _started(address: str | None) -> Any:
     try:
         ray.init(address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
     except (ConnectionError, ValueError, RuntimeError) as e:
-        raise UserError(f"--ray-address {address}: found no Ray cluster there ({e}); see `ray start --help`") from e
+        token = "is Ray running there, and RAY_AUTH_MODE=token set here, with its token in ~/.ray/auth_token?"
+        raise UserError(f"--ray-address {address}: no connection to a Ray cluster ({e}); {token}") from e
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     return ray
 
 
 def _reach(address: str | None) -> None:
     """Raises UserError where nobody listens at host:port; Ray itself would try for minutes and end the process."""
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if address is not None and address.startswith("ray://"):
+        raise UserError(f"--ray-address {address}: run the script on a machine of the cluster, with auto or host:port")
+    host, colon, port = (address or "").rpartition(":")
     if not colon or not port.isdigit():
         return  # auto and the like
     try:
