@@ -73,6 +73,8 @@ def is_judging(ask: Ask) -> bool:
         ("Fine.\nScore: 4", 4),
         ("**Score: 5/5**", 5),
         ("Score: 0\n", 0),
+        ('"Score: 3".', 3),
+        ("Score: -3", None),
         ("Score: 6", None),
         ("Score: 45", None),
         ("Score: 4.5", None),

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_VERDICT = re.compile(r"^\W*verdict\W*:\W*(yes|no)\W*$", re.IGNORECASE)
-_POINTS = re.compile(r"^\W*score\W*:\W*([0-5])(?:\s*/\s*5)?\W*$", re.IGNORECASE)
+_DRESS = r"[\s*_`#>\"'\[\]().]*"  # what a judge may put around a marked line
+_VERDICT = re.compile(rf"^{_DRESS}verdict{_DRESS}:{_DRESS}(yes|no){_DRESS}$", re.IGNORECASE)
+_POINTS = re.compile(rf"^{_DRESS}score{_DRESS}:{_DRESS}([0-5])(?:\s*/\s*5)?{_DRESS}$", re.IGNORECASE)
 
 
 def _only(pattern: re.Pattern[str], text: str) -> tuple[str, str] | None:
