@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from fake_openai import Body, FakeOpenAI, completion
 from prep_support import read, script, write
+from test_trainer import logs
+from tiny import make_model, write_recipe
 
 from po.data.formats import convert
 from po.data.read import Record
@@ -30,6 +32,8 @@ from po.prep.self_rewarding import Said, SelfRewarding, agreement
 from po.prep.step import Outcome
 from po.prep.tree import Spar
 from po.prep.verdicts import Vote, p_yes, points
+from po.recipe import load
+from po.run import train
 from po.spec import Source
 
 SOURCE = Source("in.jsonl")
@@ -795,3 +799,58 @@ def test_the_script_refuses_what_does_not_go_together(tmp_path: Path, kind: str,
     with pytest.raises(UserError) as e:
         script("contrast").main([kind, write(tmp_path / "i.jsonl", []), "-o", str(tmp_path / "o.jsonl"), *argv])
     assert said in str(e.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "head"), [("self_rewarding", "cream"), ("steps", "dpo"), ("pu_rl", "infonca")])
+def test_the_rows_train_the_head_that_they_are_for(tmp_path: Path, kind: str, head: str) -> None:
+    answers = [{"content": f"w{k} w7\nw8 w9", "now": k, "old": -k * (k - 1)} for k in (1, 2, 3)]
+    given = [{"id": f"p{i}", "prompt": f"w{i} ", "responses": answers, "anchor": "w20 w21"} for i in range(4)]
+
+    def speak(body: Body) -> list[str] | dict[str, Any]:
+        if "top_logprobs" not in body:
+            return ["w9 w20", "w9"]
+        found = completion(body, "yes")
+        p = 0.1 * len(set(shown(body, "first")) & set(shown(body, "second"))) + 0.01 * len(shown(body, "first"))
+        p += 0.1 * ("w2" in shown(body, "first"))
+        top = [{"token": t, "bytes": None, "logprob": math.log(x)} for t, x in (("yes", p), ("no", 1.5))]
+        found["choices"][0]["logprobs"]["content"][0]["top_logprobs"] = top
+        return found
+
+    rows = [{**row, "answer": "w20"} for row in given]
+    with FakeOpenAI(speak) as server:
+        model = ["--model", "m", "--url", server.url]
+        argv = {
+            "self_rewarding": ["--now", "now", "--before", "old"],
+            "steps": [*model, "--verifier", "exact", "--pattern", r"w\d+", "--samples", "2"],
+            "pu_rl": model,
+        }[kind]
+        made, _ = ran(kind, tmp_path / "o.jsonl", rows, *argv)
+    assert made
+    net = make_model(tmp_path / "model")
+    reference = {"from": "init", "kind": "adapter_off"}
+    changes = {"loss": [{"head": head}], "reference": reference, "train": {"per_device_train_batch_size": 2}}
+    train(*load(write_recipe(tmp_path / "r.yaml", net, tmp_path / "o.jsonl", tmp_path / "run", **changes)))
+    steps = [line for line in logs(tmp_path / "run") if "grad_norm" in line]
+    assert steps
+    assert all(line["grad_norm"] > 0 for line in steps)
+
+
+def test_what_was_answered_before_the_work_broke_off_is_not_asked_again(tmp_path: Path) -> None:
+    passing = speaking(world({"good": 5, "r00": 5}))
+    argv = ["--model", "m", "--keep", "1"]  # so that r0 is refined alone
+    out = tmp_path / "o.jsonl"
+
+    def locked(body: Body) -> list[str] | int:
+        return 401 if "<found>" in body["messages"][0]["content"] and shown(body, "answer") == "r0" else passing(body)
+
+    with FakeOpenAI(locked) as server, pytest.raises(UserError, match="401"):
+        ran("spar", out, [NEGATIVE], *argv, "--url", server.url)
+    first = [json.dumps(b) for b in server.bodies]
+    with FakeOpenAI(passing) as server:
+        rows, _ = ran("spar", out, [NEGATIVE], *argv, "--url", server.url)
+    second = [json.dumps(b) for b in server.bodies]
+    assert rows[0]["chosen"] == "r00"
+    (refused,) = set(first) & set(second)
+    assert shown(json.loads(refused), "answer") == "r0"
+    assert len(first) + len(second) - 1 == len({*first, *second})
