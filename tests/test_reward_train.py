@@ -21,6 +21,8 @@ from po.policy import load_tokenizer
 from po.reward_model.data import Batch, Collate, load_pairs
 from po.reward_model.evaluate import Judged, by_strength, calibration, evaluate
 from po.reward_model.model import Scorer, load, rating_ids
+from po.reward_model.recipe import load as read_recipe
+from po.reward_model.recipe import resolved_text
 from po.reward_model.report import use
 from po.reward_model.run import train
 from po.rewards import build_rewards
@@ -208,6 +210,14 @@ def test_wrong_recipes_end_with_2_and_say_why(
     path.write_text(yaml.safe_dump(tree(world / "llama", rows, world / "wrong", **changes)))
     assert main(["reward", "check", str(path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "recipes" / "reward").glob("*.yaml")))
+def test_the_recipes_of_the_project_load_and_come_back_from_what_a_run_keeps(path: Path, tmp_path: Path) -> None:
+    one, notes = read_recipe(path)
+    assert not notes
+    (tmp_path / "recipe.resolved.yaml").write_text(resolved_text(one))
+    assert read_recipe(tmp_path / "recipe.resolved.yaml")[0] == one
 
 
 def test_overrides_and_shorthands(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
