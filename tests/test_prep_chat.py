@@ -366,7 +366,10 @@ def test_kill_9_and_the_same_command_again_pays_nothing_twice(tmp_path: Path) ->
     assert report["sums"]["requests"] == 24
 
 
-TEMPLATE = "{% for m in messages %}w1 {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w2{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w2' if m['role'] == 'assistant' else 'w1' }} {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}w2{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +425,9 @@ def test_plain_texts_conversations_and_templates(folder: Path, tmp_path: Path) -
     chat.tokenizer.chat_template = TEMPLATE
     assert chat.prompt_ids(user("w3").messages) == (4, 6, 5)
     assert chat.prompt_ids(text("w3").messages) == (1, 6)
+    said, continued = chat.ask([user("w3", max_tokens=4, seed=1), text("w3", max_tokens=4, seed=1)])
+    assert said.replies[0].text == said.replies[0].text.strip()  # the template's space is no part of the message
+    assert continued.replies[0].text[0] == " "
     chat.tokenizer.chat_template = "{{ word }}{% for t in tools %} {{ t['name'] }}{% endfor %}"
     (answer,) = chat.ask([user("w3", tools=({"name": "w7"},), template_kwargs={"word": "w8"}, max_tokens=2)])
     assert answer.replies[0].prompt_ids == (11, 10)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from po.data.rows import Row
+from po.data.rows import Response, Row
 from po.data.tokenize import Encoder, RowFaultError
 from po.errors import UserError
 from po.policy import load_frozen, load_tokenizer, plainly, tokenizer_key
@@ -90,6 +90,15 @@ class Local:
     ) -> Ids:
         """The tokens that an answer follows. Raises RowFaultError where the template refuses, UserError where there is
         none and one is needed."""
+        return self._encoder(self._row(messages, tools, template_kwargs)).prompt_ids
+
+    def _row(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        template_kwargs: Mapping[str, Any],
+        answers: Sequence[str] = (),
+    ) -> Row:
         plain = len(messages) == 1 and (
             messages[0]["role"] == TEXT or (messages[0]["role"] == "user" and not self.tokenizer.chat_template)
         )
@@ -99,8 +108,8 @@ class Local:
                 f"--model {self.name}: its tokenizer has no chat template, which a conversation needs; expected one, "
                 "or prompts of plain text"
             )
-        row = Row("ask", "ask", prompt, (), tuple(tools) or None, template_kwargs, record="{}")
-        return self._encoder(row).prompt_ids
+        responses = tuple(Response(answer) for answer in answers)
+        return Row("ask", "ask", prompt, responses, tuple(tools) or None, template_kwargs, record="{}")
 
     def _room(self) -> int | None:
         config = self._net.config.get_text_config()
@@ -119,7 +128,18 @@ class Local:
         if ask.top_logprobs:
             reply = replace(reply, top=self._top(ask, prompt, sampled.ids))
         ends = [at for at in map(text.find, ask.stop) if at >= 0]
-        return self._cut(reply, prompt, sampled.ids, min(ends)) if ends else reply
+        reply = self._cut(reply, prompt, sampled.ids, min(ends)) if ends else reply
+        return replace(reply, text=reply.text.lstrip()) if self._spaced(ask, text, sampled.ids) else reply
+
+    def _spaced(self, ask: Ask, text: str, ids: Ids) -> bool:
+        """Whether the template itself writes the space that the answer begins with: `[/INST] answer`. As a message it
+        would otherwise have two, and other tokens."""
+        if not text[:1].isspace():
+            return False
+        row = self._row(ask.messages, ask.tools, ask.template_kwargs, (text.lstrip(),))
+        if isinstance(row.prompt, str):
+            return False
+        return self._encoder(row).response_ids[0][: len(ids)] == ids
 
     def _cut(self, reply: Reply, prompt: Ids, ids: Ids, at: int) -> Reply:
         """What stands before a stop text. The last token may go over it, so there are no token ids."""
