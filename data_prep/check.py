@@ -8,16 +8,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from rich.console import Console
 
 from po.data.overlong import Limits
+from po.errors import UserError
 from po.policy import load_tokenizer
 from po.prep import arguments
 from po.prep.figures import histograms, statistics
 from po.prep.findings import DROPPABLE, LIMITS, findings, to_drop, to_json
 from po.prep.inputs import command, describe, open_inputs
+from po.prep.kept import Kept
 from po.prep.page import page
 from po.prep.report import versions
 from po.prep.run_check import Asked, LeaveOut, allowed, check_rows, missing, show_figures, show_findings
@@ -48,10 +50,28 @@ def _parser() -> argparse.ArgumentParser:
     r.add_argument("--dry-run", action="store_true", help="print only, write no --json and no --html")
     r.add_argument("--drop", nargs="+", default=[], choices=DROPPABLE, help="findings whose rows --output goes without")
     r.add_argument("-o", "--output", type=Path, help="the rows without those of --drop; .jsonl, .jsonl.gz or .parquet")
-    r.add_argument("--force", action="store_true", help="overwrite a finished output")
+    r.add_argument("--force", action="store_true", help="overwrite a finished output; begin a partial check anew")
     r.add_argument("--json", type=Path, help="the verdict, findings and statistics, for machines")
     r.add_argument("--html", type=Path, help="the same as a page with plots")
     return p
+
+
+def _described(sources: Sequence[Source]) -> list[dict[str, Any]]:
+    return [one for opened in open_inputs(sources) for one in describe(opened)] if sources else []
+
+
+def _kept(args: argparse.Namespace, sources: Sequence[Source], asked: Asked) -> Kept | None:
+    """Where the check is kept while it is made: beside the first that it writes, if anything."""
+    target = args.output or args.json or args.html
+    if args.output and args.output.exists() and not args.force and not args.dry_run:
+        raise UserError(f"{args.output} exists; name another output, or overwrite it with --force")
+    if target is None or args.dry_run:
+        return None
+    names = ("ngram", "no_near", "no_language", "model", "chat_template", "max_length", "max_prompt_length", "overlong")
+    described: dict[str, Any] = {"step": "check", "limit": args.limit}
+    described |= {"inputs": [{k: v for k, v in one.items() if k != "path"} for one in _described(sources)]}
+    described |= {"tests": _described(asked.tests), "options": {n: getattr(args, n) for n in names}}
+    return Kept(target, {**described, "lacking": missing(asked)}, args.force)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,26 +94,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.num_proc,
         args.limit,
     )
-    lacking = missing(asked)
-    check = check_rows(sources, asked)
+    lacking, kept = missing(asked), _kept(args, sources, asked)
+    check = check_rows(sources, asked, kept)
     found, figures = findings(check, args.threshold, allow), statistics(check)
     show_findings(found, console)
     show_figures(figures, console)
     if lacking:
         console.print(f"not looked at: {', '.join(lacking)}; pip install 'po[prep]'", markup=False)
     if args.json and not args.dry_run:
-        inputs = [one for opened in open_inputs(sources) for one in describe(opened)]
-        context = {"not_looked_at": lacking, "command": command(), "inputs": inputs, "versions": versions()}
+        context: dict[str, Any] = {"not_looked_at": lacking, "command": command(), "versions": versions()}
+        context["inputs"] = _described(sources)
         args.json.write_text(json.dumps(to_json(check, found, context), indent=1) + "\n", encoding="utf-8")
     if args.html and not args.dry_run:
         title = "Check of " + ", ".join(args.inputs)
         args.html.write_text(page(title, found, figures, histograms(check)), encoding="utf-8")
     if args.output:
-        dropped = to_drop(check, found, args.drop)
-        tests = [one for opened in open_inputs(asked.tests) for one in describe(opened)] if args.tests else []
-        options = {"drop": args.drop, "threshold": args.threshold, "ngram": args.ngram, "tests": tests}
+        dropped, tests = to_drop(check, found, args.drop), _described(asked.tests)
+        options: dict[str, Any] = {"drop": args.drop, "threshold": args.threshold, "ngram": args.ngram, "tests": tests}
         how = {"limit": args.limit, "dry_run": args.dry_run, "force": args.force, "max_bad": allow.get("bad", 0.0)}
         run_step("check", sources, args.output, LeaveOut(dropped, sources[0]), options=options, **how)
+    if kept:
+        kept.done()
     wrong = [f.name for f in found if not f.fine and not (args.output and f.name in args.drop)]
     if wrong:
         sys.stderr.write(f"beyond their limits: {', '.join(wrong)} (--allow NAME=SHARE sets a limit)\n")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,14 @@ import pytest
 from tiny import make_model
 
 from po.data.overlong import Limits
+from po.data.read import Record
 from po.errors import UserError
 from po.prep import near
-from po.prep.check import Check
+from po.prep.check import Check, Moments
 from po.prep.figures import histograms, statistics
 from po.prep.findings import Finding, findings
+from po.prep.kept import Kept
+from po.prep.measure import Measure, Measured
 from po.prep.page import page
 from po.prep.run_check import Asked, allowed, check_rows
 from po.prep.shown import shown
@@ -281,6 +288,93 @@ def test_rows_are_left_out_by_finding(tmp_path: Path) -> None:
     assert found(check_rows([Source(str(tmp_path / "clean.jsonl"))], Asked(language=False))) == {}
     done = subprocess.run([*command[:-6], "-o", "other.jsonl"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, "--drop and --output go together" in done.stderr) == (2, True)
+
+
+def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("po.prep.kept._LEAST", 0.0)
+    monkeypatch.setattr("po.prep.kept._SHARE", 0)
+    source = [Source(str(write(tmp_path / "x.jsonl", [*plain(30), "nonsense\n", *plain(10)])))]
+    real, seen = Measure.__call__, []
+
+    def stumbles(self: Measure, record: Record) -> Measured:
+        seen.append(record.where)
+        if len(seen) == 21:
+            raise UserError("the disk is gone")
+        return real(self, record)
+
+    monkeypatch.setattr(Measure, "__call__", stumbles)
+    asked = Asked(language=False)
+    with pytest.raises(UserError, match="the disk is gone"):
+        check_rows(source, asked, Kept(tmp_path / "c.json", {"a": 1}, False))
+    with pytest.raises(UserError, match="a different command"):
+        check_rows(source, asked, Kept(tmp_path / "c.json", {"a": 2}, False))
+    check = check_rows(source, asked, Kept(tmp_path / "c.json", {"a": 1}, False))
+    assert seen == [f"x.jsonl:{n}" for n in (*range(1, 22), *range(21, 42))]
+    whole = check_rows(source, asked)
+    assert repr(check) == repr(whole)
+    assert findings(check) == findings(whole)
+    again = check_rows(source, asked, Kept(tmp_path / "c.json", {"a": 1}, False))
+    assert repr(again) == repr(whole)
+    assert len(seen) == 42 + 41, "nothing was left to measure"
+
+
+@pytest.mark.slow
+def test_a_killed_check_goes_on(tmp_path: Path) -> None:
+    """kill -9 while it measures: the same verdict as one that was left alone, and no row is measured twice."""
+    rng = random.Random(0)
+    rows = [pair(text(i, 8), text((i, "c"), 12), text((i, "r"), 12)) for i in range(9000)]
+    rows += [rows[rng.randrange(9000)] for _ in range(300)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    lines[4000] = "nonsense\n"
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    state, measured = tmp_path / "c.json.check.partial", tmp_path / "measured"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import check, po.prep.measure as m; real = m.Measure.__call__\n"
+        "log = open(sys.argv[2], 'a', buffering=1)\n"
+        "m.Measure.__call__ = lambda self, r: (log.write(r.where.split(':')[1] + '\\n'), real(self, r))[1]\n"
+        "sys.exit(check.arguments.end(check.main, sys.argv[3:]))"
+    )
+    command = [sys.executable, "-c", code, str(SCRIPTS), str(measured), "x.jsonl", "--no-language", "--allow", "bad=1"]
+
+    def run(name: str, *more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, "--json", name, *more], cwd=tmp_path, capture_output=True, text=True)
+
+    process = subprocess.Popen([*command, "--json", "c.json"], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not state.exists():
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+    with open(state, "rb") as f:
+        f.readline()
+        kept = pickle.load(f).counts["in"]
+    assert 0 < kept < len(rows)
+    before = len(measured.read_text().splitlines())
+    done = run("c.json", "--ngram", "9")
+    assert (done.returncode, "a different command (options: was" in done.stderr) == (2, True)
+    done = run("c.json")
+    assert done.returncode == 2, done.stderr
+    assert not list(tmp_path.glob("*.partial*"))
+    again = measured.read_text().splitlines()[before:]
+    assert again == [str(n) for n in range(kept + 1, len(rows) + 1)]
+    run("d.json")
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("c.json", "d.json"))
+    assert {k: v for k, v in one.items() if k != "command"} == {k: v for k, v in two.items() if k != "command"}
+    assert one["statistics"]["rows"] == {"in": 9300, "read": 9299}
+
+
+def test_what_is_kept_of_a_check_makes_nothing_else(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "c.json", {"a": 1}, False)
+    kept.path.write_bytes(b'{"a": 1}\n' + pickle.dumps(Path("x")))
+    with pytest.raises(UserError, match=r"cannot be read \(holds a pathlib.*\); remove it, or give --force"):
+        kept.load()
+    kept.path.write_bytes(b'{"a": 1}\n' + pickle.dumps(Check())[:40])
+    with pytest.raises(UserError, match="cannot be read"):
+        kept.load()
+    check = Check(counts=Counter(bad=2), rewards={"x": Moments(1, 2.0)}, signatures=bytearray(b"abc"))
+    check.hashes["id"].append(2**63)
+    kept.save(check, last=True)
+    assert Kept(tmp_path / "c.json", {"a": 1}, False).load() == check
+    assert Kept(tmp_path / "c.json", {"a": 2}, True).load() is None
 
 
 def test_show(tmp_path: Path) -> None:

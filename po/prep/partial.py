@@ -37,6 +37,18 @@ def check_output(output: Path) -> None:
         raise UserError(f"{output}: there is no folder {output.parent}; create it first")
 
 
+def check_same(output: Path, was: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises UserError where what was begun is not what is asked for now."""
+    now = json.loads(json.dumps(asked))
+    differing = [k for k in {**was, **now} if was.get(k) != now.get(k)]
+    if differing:
+        said = "; ".join(f"{k}: was {_short(was.get(k))}, is {_short(now.get(k))}" for k in differing)
+        raise UserError(
+            f"{output}: a part of it was written by a different command ({said}). Give the same command to "
+            "go on, --force to begin anew, or another output"
+        )
+
+
 class Partial:
     """The lines of an output, in the order of the input."""
 
@@ -73,14 +85,7 @@ class Partial:
             return {}
         if self.path.stat().st_size < state["bytes"]:  # the output was finished, or the partial file removed
             return {}
-        was, now = state["asked"], json.loads(json.dumps(self.asked))
-        differing = [k for k in {**was, **now} if was.get(k) != now.get(k)]
-        if differing:
-            said = "; ".join(f"{k}: was {_short(was.get(k))}, is {_short(now.get(k))}" for k in differing)
-            raise UserError(
-                f"{self.output}: a part of it was written by a different command ({said}). Give the same command to "
-                "go on, --force to begin anew, or another output"
-            )
+        check_same(self.output, state["asked"], self.asked)
         return state
 
     def write(self, lines: bytes) -> None:

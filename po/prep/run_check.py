@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from rich.console import Console
@@ -20,9 +20,11 @@ from po.data.sources import open_sources
 from po.data.wanted import Wanted
 from po.errors import UserError, suggest
 from po.prep import near
+from po.prep.batches import records
 from po.prep.check import Check, run
 from po.prep.findings import LIMITS, SHOWN, Finding
 from po.prep.inputs import open_inputs
+from po.prep.kept import Kept
 from po.prep.measure import Measure
 from po.prep.pool import in_order
 from po.prep.rows import WANTED
@@ -70,8 +72,8 @@ def read_tests(sources: Sequence[Source], ngram: int) -> Tests:
     return tests
 
 
-def check_rows(sources: Sequence[Source], asked: Asked) -> Check:
-    """One pass over the sources."""
+def check_rows(sources: Sequence[Source], asked: Asked, kept: Kept | None = None) -> Check:
+    """One pass over the sources, behind what was `kept` of it."""
     opened, tests = open_inputs(sources), read_tests(asked.tests, asked.ngram)
     measure = Measure(
         sources[0],
@@ -81,18 +83,32 @@ def check_rows(sources: Sequence[Source], asked: Asked) -> Check:
         tokenizer=asked.tokenizer,
         limits=asked.limits,
     )
-    check = Check()
+    check = (kept and kept.load()) or Check()
     check.counts["tests"] = len(tests.prompts)
-    records = islice((r for one in opened for r in one.records()), asked.limit)
-    measured = in_order(records, measure, asked.num_proc)
+    measured = in_order(records(opened, check.counts["in"], asked.limit), measure, asked.num_proc)
+    with _counted() as advance:
+
+        def seen(n: int) -> None:
+            advance(n)
+            if kept:
+                kept.save(check)
+
+        run(check, measured, seen)
+    if kept:
+        kept.save(check, last=True)
+    return check
+
+
+@contextmanager
+def _counted() -> Iterator[Callable[[int], None]]:
+    """A count on a terminal."""
     if not sys.stderr.isatty():
-        run(check, measured, lambda n: None)
-        return check
+        yield lambda n: None
+        return
     columns = (SpinnerColumn(), TextColumn("{task.completed} rows"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
-        run(check, measured, lambda n: progress.advance(task, n))
-    return check
+        yield lambda n: progress.advance(task, n)
 
 
 @dataclass(frozen=True)
