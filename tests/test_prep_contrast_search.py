@@ -854,3 +854,18 @@ def test_what_was_answered_before_the_work_broke_off_is_not_asked_again(tmp_path
     (refused,) = set(first) & set(second)
     assert shown(json.loads(refused), "answer") == "r0"
     assert len(first) + len(second) - 1 == len({*first, *second})
+
+
+def test_answers_of_more_than_text_are_no_roots_and_lone_ones_are() -> None:
+    call = {"role": "assistant", "content": "r", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    row = {"prompt": [{"role": "user", "content": "q"}], "responses": [[call], [{"role": "assistant", "content": "r"}]]}
+    outcome, _ = played(spar(row), world({"r1": 5}))
+    assert [r["id"] for r in outcome.rows] == ["w/1-spar"]
+    for lone in ({"prompt": "q", "completion": "r"}, {"prompt": "q", "responses": ["r"], "label": [False]}):
+        outcome, _ = played(spar(lone), world({"r1": 5}))
+        assert (outcome.rows[0]["chosen"], outcome.rows[0]["rejected"]) == ("r1", "r")
+    outcome, _ = played(spar({"prompt": "q"}), world({}))
+    assert outcome.dropped == "no answer that is one text"
+    lone = {"prompt": "5 + 3?", "answer": "8", "completion": "a\n9"}
+    outcome, _ = played(steps(lone), lambda _: ["8", "9"])
+    assert outcome.rows[0]["responses"][1]["content"] == "a\n9"

@@ -91,7 +91,7 @@ def _content(message: Message) -> str:
 
 def said(content: object) -> str | None:
     """An answer that is text, or one message of text; None for others."""
-    if isinstance(content, list | tuple) and len(content) == 1:
+    if isinstance(content, list | tuple) and len(content) == 1 and not content[0].get("tool_calls"):
         content = content[0].get("content")
     return content if isinstance(content, str) else None
 

@@ -89,7 +89,7 @@ class Spar:
     def _rows(self, read: ScoredSet, counts: Counter[str]) -> Generator[list[Ask], list[Answer], list[dict[str, Any]]]:
         task = as_text(read.row)
         places = [1] if read.row.chosen_first else range(len(read.answers))
-        texts = {k: text for k in places if (text := said(read.answers[k]["content"])) is not None}
+        texts = {k: text for k in places if (text := said(read.answers[k]["content"]))}
         if not texts:
             raise Left("no answer that is one text")
         votes = yield from self._judged(task, list(texts.values()), counts)
