@@ -17,6 +17,7 @@ from tiny import make_model, write_sets
 
 from po.cli import main
 from po.data.groups import Group
+from po.errors import UserError
 from po.policy import load_tokenizer
 from po.reward_model.data import Batch, Collate, load_pairs
 from po.reward_model.evaluate import Judged, by_strength, calibration, evaluate
@@ -172,6 +173,27 @@ def test_sets_become_pairs_and_columns_reach_the_loss(world: Path) -> None:
         assert got.preference_N is not None
         assert got.margin_N.tolist() == [expected] * 4
         assert got.preference_N.tolist() == pytest.approx([0.8] * 4)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_4_and_names_the_rows(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pairs(world / "infinite.jsonl", 3, margin=1e39)  # infinite in fp32
+    path = world / "infinite.yaml"
+    said = tree(world / "llama", rows, world / "infinite", objective={"margin": "margin"})
+    path.write_text(yaml.safe_dump(said))
+    assert main(["reward", "train", str(path)]) == 4
+    error = capsys.readouterr().err
+    assert "step 1: the loss is inf in rows" in error
+    assert all(name in error for name in ("p0", "p1", "p2"))
+    assert not (world / "infinite" / "model.safetensors").exists()
+
+
+def test_margins_of_sets_are_refused(world: Path) -> None:
+    rows = write_sets(world / "sets-margin.jsonl", 3)
+    one = recipe(world / "llama", rows, world / "sets-margin", objective={"soft_labels": True})
+    with pytest.raises(UserError, match="are those of a pair, and this row is a set"):
+        load_pairs(one, load_tokenizer(one.model))
 
 
 WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [

@@ -110,6 +110,11 @@ def _check(examples: Sequence[Example], objective: Objective, where: str) -> Non
             raise UserError(f"{where}: {e.where}: expected two answers with a preference, or answers with rewards")
         if not isinstance(objective, BradleyTerry):
             continue
+        if not e.is_pair and (objective.margin != "none" or objective.soft_labels):
+            raise UserError(
+                f"{where}: {e.where}: margins and soft labels are those of a pair, and this row is a set; "
+                "data_prep/pair.py makes pairs of it"
+            )
         if objective.margin != "none" and column(e, objective.margin) is None:
             raise UserError(
                 f"{where}: {e.where}: expected a number in column {objective.margin!r}, found none; "
@@ -193,9 +198,10 @@ def _sequence(group: Group, side: int) -> Ids:
 
 
 def strengths(groups: Groups) -> list[float | None]:
-    """Each pair's `strength`, where its row has one; of no use for pairs made from sets."""
+    """Each pair's `strength`, where its row is that pair and has one."""
     examples = light(groups.examples)
-    return [column(examples[i.example], "strength") for i in groups.items]
+    rows = (examples[i.example] for i in groups.items)
+    return [column(e, "strength") if e.is_pair else None for e in rows]
 
 
 def facts(recipe: RewardRecipe) -> Mapping[str, Any]:
