@@ -83,7 +83,7 @@ def test_verifiers_score_sets_pairs_and_rollouts(tmp_path: Path) -> None:
     assert by["one"]["responses"] == [{"content": "4", "reward": 1.0, "scores": {"exact": 1.0}}]
     assert by["roll"]["prompt_ids"] == [1, 5]
     assert [a["token_ids"] for a in by["roll"]["responses"]] == [[7, 2], [7, 2]]
-    assert report["sums"] == {"pairs whose chosen answer has the lower reward": 1}
+    assert report["sums"] == {"mean reward": 0.75, "pairs whose chosen answer has the lower reward": 1}
     for row in out:
         found = convert(Record("o", row), SOURCE, Wanted(single=True))
         assert not found.problems
@@ -163,7 +163,7 @@ def test_a_scorer_takes_no_part_in_rows_that_it_does_not_apply_to(tmp_path: Path
     out, report = ran("score", *argv, output=tmp_path / "o.jsonl", rows=rows)
     assert [a["reward"] for r in out for a in r["responses"]] == [3, 3.5, 1, 2]
     assert [a["scores"] for a in out[1]["responses"]] == [{"long": 1}, {"long": 2}]
-    assert report["sums"] == {"level: rows it does not apply to": 1}
+    assert report["sums"] == {"mean reward": 2.375, "level: rows it does not apply to": 1}
     alone = [{"id": "one", "prompt": "a", "completion": "x"}]
     _, report = ran("score", *argv[:2], "--merge", "rank", output=tmp_path / "q.jsonl", rows=alone)
     assert report["dropped"] == {"rank compares answers, and there is one": 1}
@@ -206,7 +206,7 @@ def test_a_scorer_of_weight_0_is_kept_beside_the_reward(tmp_path: Path) -> None:
     assert [a["scores"] for r in out for a in r["responses"]] == [
         {"long": 1}, {"long": 3}, {"long": 2}, {"long": 1, "some": 1}, {"long": 1, "some": 1},
     ]  # fmt: skip
-    assert report["sums"] == {"some: no score (nan)": 1}
+    assert report["sums"] == {"mean reward": 3.0, "some: no score (nan)": 1}
 
 
 def answers(body: dict[str, Any]) -> str:

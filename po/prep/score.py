@@ -164,6 +164,7 @@ class Score:
         whole = [name for name in applies if not any(_lacks(w.cells[name][k]) for k in kept)]
         numbers: dict[str, list[float]] = {name: [w.cells[name][k] for k in kept] for name in whole}  # type: ignore[misc]
         rewards = merge(self._rule, [numbers[m] for m in merged], [self._weights[m] for m in merged])
+        sums["mean reward"] += fmean(rewards)  # type: ignore[assignment]
         answers = []
         for i, k in enumerate(kept):
             before = {} if self._given == "replace" else _before(w.read, k)
