@@ -710,14 +710,18 @@ def test_the_script_searches_and_a_second_run_pays_nothing(tmp_path: Path) -> No
     assert {p["id"] for p in report["options"]["prompts"]} == {"spar-judge", "spar-refine"}
 
 
-def test_the_script_asks_this_model_and_the_one_before(tmp_path: Path) -> None:
+def test_the_script_asks_this_model_and_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEY_NOW", "sk-of-the-first-server")
     earlier = judged({"a": (3, 3, 3), "b": (5, 5, 5), "c": (1, 1, 1)})
     with FakeOpenAI(speaking(judged(POINTS))) as now, FakeOpenAI(speaking(earlier)) as before:
         argv = ["--model", "m2", "--url", now.url, "--previous-model", "m1", "--previous-url", before.url]
+        argv += ["--key-env", "KEY_NOW"]
         rows, report = ran("self_rewarding", tmp_path / "o.jsonl", [SET, {**SET, "id": "t"}], *argv)
         assert {b["model"] for b in now.bodies} == {"m2"}
         assert {b["model"] for b in before.bodies} == {"m1"}
         assert len(now.bodies) == len(before.bodies) == 6
+        assert {h["authorization"] for h in now.headers} == {"Bearer sk-of-the-first-server"}
+        assert not any("sk-of" in h["authorization"] for h in before.headers)
         constant, _ = ran("self_rewarding", tmp_path / "o.jsonl", [SET], *argv, "--consistency", "0.3333", "--force")
     assert [(r["chosen"], r["rejected"], r["consistency"]) for r in rows] == [("a", "b", pytest.approx(1 / 3))] * 2
     assert report["sums"]["mean consistency"] == 0.333333

@@ -142,9 +142,10 @@ def check_judges(entries: Sequence[Entry], args: argparse.Namespace) -> None:
 
 
 def _chat(entry: Entry, args: argparse.Namespace, made: dict[tuple[Any, ...], Chat]) -> Chat:
-    """The judge's model. Each has a journal of its own; the command line's has the output's name."""
+    """The judge's model. Each has a journal of its own; the command line's has the output's name. The command line's
+    key is for its own server."""
     own = {k: v for k in _OWN if (v := getattr(entry.spec, k)) is not None}
-    mine = argparse.Namespace(**{**vars(args), **own})
+    mine = argparse.Namespace(**{**vars(args), **({"key_env": None} if "url" in own else {}), **own})
     key = tuple(getattr(mine, k) for k in _OWN)
     if key not in made:
         beside = args.output

@@ -62,6 +62,7 @@ def _add_self_rewarding(p: argparse.ArgumentParser) -> None:
     g.add_argument("--before-less", metavar="FIELD", help="minus this one")
     g.add_argument("--previous-model", metavar="MODEL", help="or by the points that this model gives")
     g.add_argument("--previous-url", metavar="URL", help="of its server; none: it runs here")
+    g.add_argument("--previous-key-env", metavar="VARIABLE", help="the variable with that server's key")
     g.add_argument("--agreement", choices=get_args(Agreement), default="kendall", help="top: same first and same last")
     g.add_argument("--consistency", type=float, metavar="C", help="write this in all rows: a first run's mean")
 
@@ -89,7 +90,7 @@ def _self_rewarding(args: argparse.Namespace) -> None:
     options: dict[str, Any] = {"now": now and now.names, "before": before and before.names}
     options |= {"agreement": args.agreement, "consistency": args.consistency}
     first: Chat | None = chat(args, args.output) if args.model else None
-    model, more = _with_second(args, first, args.previous_model, args.previous_url, "previous")
+    model, more = _with_second(args, first, "previous")
     if model is not None:
         options |= {"verdicts": args.verdicts, **asdict(how), **said(prompts.values()), **more}
     asking(args, model or Nobody(), work, options)
@@ -103,14 +104,12 @@ def _said(args: argparse.Namespace, name: str) -> Said | None:
     return Said((field, less) if less else (field,)) if field else None
 
 
-def _with_second(
-    args: argparse.Namespace, first: Chat | None, model: str | None, url: str | None, role: str, key: str | None = None
-) -> tuple[Chat | None, dict[str, Any]]:
-    """The first model with a second one, and what of that decides the bytes."""
-    if not model:
+def _with_second(args: argparse.Namespace, first: Chat | None, role: str) -> tuple[Chat | None, dict[str, Any]]:
+    """The first model with a second one, and what of that decides the bytes. The first one's key is not sent to it."""
+    if not getattr(args, f"{role}_model"):
         return first, {}
     other = copy.copy(args)
-    other.model, other.url, other.key_env = model, url, key or args.key_env
+    other.model, other.url, other.key_env = (getattr(args, f"{role}_{name}") for name in ("model", "url", "key_env"))
     return Two(first, chat(other, beside(args.output, f".{role}"))), {role: chat_options(other)}
 
 
@@ -135,7 +134,7 @@ def _pu_rl(args: argparse.Namespace) -> None:
         raise UserError("--candidates: expected two or more")
     prompts, how = replaced((WITH_ANCHOR, EACH_OTHER), args.prompt_file), sampling(args)
     student = chat(args, args.output)
-    model, more = _with_second(args, student, args.teacher_model, args.teacher_url, "teacher", args.teacher_key_env)
+    model, more = _with_second(args, student, "teacher")
     assert model is not None
     work = PURL(
         sources(args)[0],
