@@ -278,6 +278,18 @@ def test_two_judges_of_two_models_and_one_that_starts_from_the_best(tmp_path: Pa
     assert len(read(tmp_path / "o.jsonl.calls.jsonl")) == 3
 
 
+def test_the_command_lines_key_goes_to_no_server_of_a_judges_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-of-the-first-server")
+    with FakeOpenAI(answers) as server, FakeOpenAI(answers) as other:
+        own = f"{{judge: pointwise, scale: [0, 5], name: own, url: '{other.url}'}}"
+        argv = ["--scorer", own, "--scorer", "{judge: pointwise, scale: [0, 5]}", "--key-env", "MY_KEY"]
+        ran("score", *argv, "--model", "m", "--url", server.url, output=tmp_path / "o.jsonl", rows=ROWS[:1])
+        assert {h["authorization"] for h in server.headers} == {"Bearer sk-of-the-first-server"}
+        assert {h["authorization"] for h in other.headers} == {"Bearer none"}
+
+
 def test_a_model_in_this_process_judges(tmp_path: Path, models: Path) -> None:  # noqa: F811
     """A tiny one says nothing that could be read; that is counted, and every row goes."""
     argv = ["--scorer", "{judge: pointwise, max_tokens: 4, retries_unparsed: 1}", "--missing", "drop-row"]
