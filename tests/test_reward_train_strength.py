@@ -19,14 +19,14 @@ from po.reward_model.run import train
 from po.reward_model.strength import judges, strength
 from po.spec import Source
 
-TRAIN = {"num_train_epochs": 20, "per_device_train_batch_size": 24, "learning_rate": 0.02}
+TRAIN = {"num_train_epochs": 15, "per_device_train_batch_size": 24, "learning_rate": 0.02}
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("strength")
     make_model(root / "net", initializer_range=0.2)
-    rows = [json.loads(line) for line in pairs(root / "chance.jsonl", 40, learnable=False).open()]
+    rows = [json.loads(line) for line in pairs(root / "chance.jsonl", 24, learnable=False).open()]
     for one, other in pairwise(rows[:6]):
         other["prompt"] = one["prompt"]  # six pairs of one prompt
     (root / "chance.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -62,7 +62,7 @@ def judged(world: Path, output: str, **changes: Any) -> list[dict[str, Any]]:
 
 def test_models_that_did_not_see_a_label_do_not_know_it(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = judged(world, "judged.jsonl", ensemble={"folds": 2, "members": 2})
-    assert [len(r["margins"]) for r in rows] == [2] * 40
+    assert [len(r["margins"]) for r in rows] == [2] * 24
     members = {p.name: json.loads(p.read_text()) for p in (world / "judged.jsonl.members").glob("*-*.json")}
     assert sorted(members) == ["0-0.json", "0-1.json", "1-0.json", "1-1.json"]
     prompt = {r["id"]: r["prompt"] for r in rows}
@@ -90,7 +90,7 @@ def test_repair_reads_what_it_writes(world: Path) -> None:
     (one,) = open_sources([source], "input")
     rows = [ByStrength(source, Bands())(record).rows[0] for record in one.records()]
     turned = [r for r in rows if r["flipped"]]
-    assert 0 < len(turned) < 40
+    assert 0 < len(turned) < 24
     assert all(r["strength"] >= 0 for r in rows)
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from po.adapter import add_adapter
+from po.data.tokenize import Encoder
 from po.errors import UserError
 from po.merge import check_tensors, each_tensor, merge
 from po.policy import load_policy
 from po.reward_model.data import Batch
 from po.reward_model.spec import BradleyTerry, Objective, Ordinal, RewardRecipe
 from po.rewards.models import right_padded
-from po.rewards.ordinal import expected_ratings, ratings_of
+from po.rewards.ordinal import Question, expected_ratings, ratings_of
 from po.spec import ModelSpec
 from po.weights import checkpoint_dtype, is_adapter, locate, weight_files
 
@@ -120,9 +121,6 @@ def _set_dropout(config: Any, p: float, where: str) -> None:
 
 def rating_ids(recipe: RewardRecipe, tokenizer: Any) -> tuple[int, ...]:
     """Token ids of the ratings; () for a classifier."""
-    from po.data.tokenize import Encoder
-    from po.rewards.ordinal import Question
-
     o = recipe.objective
     if not isinstance(o, Ordinal):
         return ()
