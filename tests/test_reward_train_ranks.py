@@ -74,3 +74,11 @@ def test_two_ranks_of_ddp(world: Path, recipe: str) -> None:
 def test_two_ranks_under_the_deepspeed_launcher(world: Path, stage: str) -> None:
     launcher = [*deepspeed(2), "--module"]
     compare(world, "bt", launch(world, "bt", f"bt-{stage}", launcher, f"deepspeed={stage}", *split(4, 1)))
+
+
+def test_lora_under_the_deepspeed_launcher(world: Path) -> None:
+    lora = ("lora={r: 4}", "train.learning_rate=0.01")
+    (world / "lora.yaml").write_text((world / "bt.yaml").read_text())
+    launch(world, "lora", "lora-plain", [sys.executable, "-m"], *lora)
+    launcher = [*deepspeed(2), "--module"]
+    compare(world, "lora", launch(world, "lora", "lora-zero2", launcher, "deepspeed=zero2", *lora, *split(4, 1)))

@@ -65,12 +65,12 @@ def test_models_that_did_not_see_a_label_do_not_know_it(world: Path, capsys: pyt
     assert [len(r["margins"]) for r in rows] == [2] * 24
     members = {p.name: json.loads(p.read_text()) for p in (world / "judged.jsonl.members").glob("*-*.json")}
     assert sorted(members) == ["0-0.json", "0-1.json", "1-0.json", "1-1.json"]
-    prompt = {r["id"]: r["prompt"] for r in rows}
+    prompt = {f"chance.jsonl:{n}": r["prompt"] for n, r in enumerate(rows, 1)}
     for one in members.values():
         assert not set(one["trained"]) & set(one["margins"])
         assert not {prompt[i] for i in one["trained"]} & {prompt[i] for i in one["margins"]}
-    for r in rows:
-        given = [members[f"{m}-{k}.json"]["margins"].get(r["id"]) for m in (0, 1) for k in (0, 1)]
+    for n, r in enumerate(rows, 1):
+        given = [members[f"{m}-{k}.json"]["margins"].get(f"chance.jsonl:{n}") for m in (0, 1) for k in (0, 1)]
         assert r["margins"] == [x for x in given if x is not None]
     agreed = sum(sum(r["margins"]) > 0 for r in rows) / len(rows)
     assert in_fold(world) > 0.95
@@ -98,6 +98,9 @@ def test_sets_and_too_many_folds_are_refused(world: Path) -> None:
     write_sets(world / "sets.jsonl", 6)
     with pytest.raises(UserError, match=r"expected pairs, found answers with rewards; data_prep/pair.py makes"):
         strength(recipe(world / "net", world / "sets.jsonl", world / "sets"), world / "none.jsonl")
+    (world / "there.jsonl").touch()
+    with pytest.raises(UserError, match=r"there.jsonl: is there already; name another output"):
+        strength(recipe(world / "net", world / "chance.jsonl", world / "there"), world / "there.jsonl")
     few = recipe(world / "net", pairs(world / "few.jsonl", 3), world / "few", ensemble={"folds": 4})
     with pytest.raises(UserError, match=r"ensemble.folds: expected at most 3, the number of prompts"):
         strength(few, world / "none.jsonl")

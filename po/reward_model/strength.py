@@ -27,6 +27,7 @@ from po.data.store import light
 from po.errors import StoppedError, UserError
 from po.policy import load_tokenizer
 from po.prep.inputs import open_inputs
+from po.prep.partial import check_output
 from po.prep.rows import ScoredSet, read_set
 from po.prep.step import Outcome, run_step
 from po.process import arguments, quiet, say
@@ -70,26 +71,25 @@ def strength(recipe: RewardRecipe, output: Path, force: bool = False, notes: Seq
     quiet()
     for note in notes:
         say(f"note: {note}")
-    if recipe.deepspeed is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("po reward strength: its models are trained one after the other in one process, without ranks")
+    _check(recipe, output, force)
     recipe = replace(recipe, data=replace(recipe.data, eval=()), train={**recipe.train, **_SILENT, **_NO_EVAL})
     tokenizer = load_tokenizer(recipe.model)
     pairs = load_pairs(recipe, tokenizer)
     say("\n".join(pairs.lines))
-    ids = _ids(pairs.train)
+    places = _places(pairs.train)
     prompts = _prompts(recipe.data.train)
-    different = len({prompts[i] for i in ids})
+    different = len({prompts[p] for p in places})
     if different < recipe.ensemble.folds:
         raise UserError(f"ensemble.folds: expected at most {different}, the number of prompts")
     folder = output.with_name(f"{output.name}.members")
     folder.mkdir(parents=True, exist_ok=True)
     what = asdict(replace(recipe, output_dir="", data=replace(recipe.data, train=(), cache_dir=None)))
     key = hashlib.sha256(json.dumps([what, pairs.prepared[0].key], sort_keys=True, default=dict).encode()).hexdigest()
-    margins: dict[str, list[float]] = {i: [] for i in ids}
-    for judge in judges([prompts[i] for i in ids], recipe.ensemble.folds, recipe.ensemble.members, recipe.seed):
-        found = _judged(judge, recipe, tokenizer, pairs.train, ids, folder, key)
+    margins: dict[str, list[float]] = {p: [] for p in places}
+    for judge in judges([prompts[p] for p in places], recipe.ensemble.folds, recipe.ensemble.members, recipe.seed):
+        found = _judged(judge, recipe, tokenizer, pairs.train, places, folder, key)
         for i in judge.held:
-            margins[ids[i]].append(found[ids[i]])
+            margins[places[i]].append(found[places[i]])
     options = {"recipe": what, "rows": pairs.prepared[0].key}
     run_step(
         "reward strength",
@@ -102,8 +102,21 @@ def strength(recipe: RewardRecipe, output: Path, force: bool = False, notes: Seq
     )
 
 
-def _ids(groups: Groups) -> list[str]:
-    """The row of each pair."""
+def _check(recipe: RewardRecipe, output: Path, force: bool) -> None:
+    """Raises UserError, before anything is trained, for what would fail afterwards."""
+    if recipe.deepspeed is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("po reward strength: its models are trained one after the other in one process, without ranks")
+    if output.exists() and not force:
+        raise UserError(f"{output}: is there already; name another output, or overwrite it with --force")
+    check_output(output)
+    if len({repr(replace(source, path="")) for source in recipe.data.train}) > 1:
+        raise UserError(
+            "data.train: po reward strength reads sources with the same options; make one file of them first"
+        )
+
+
+def _places(groups: Groups) -> list[str]:
+    """Where each pair's row stands, file:line: what tells rows apart also where two have one id."""
     examples = light(groups.examples)
     for item in groups.items:
         e = examples[item.example]
@@ -112,23 +125,23 @@ def _ids(groups: Groups) -> list[str]:
                 f"po reward strength: {e.where}: expected pairs, found answers with rewards; data_prep/pair.py makes "
                 "pairs of them"
             )
-    return [examples[item.example].id for item in groups.items]
+    return [examples[item.example].where for item in groups.items]
 
 
 def _prompts(sources: Sequence[Source]) -> dict[str, str]:
-    """A hash of each row's prompt, by the row's id."""
+    """A hash of each row's prompt, by where the row stands."""
     found = {}
     for one in open_inputs(sources):
         for record in one.records():
             read = read_set(record, one.source) if record.data is not None else ()
             if isinstance(read, ScoredSet):
                 said = json.dumps(read.row.prompt, default=dict, sort_keys=True)
-                found[read.row.id] = hashlib.sha256(said.encode()).hexdigest()
+                found[record.where] = hashlib.sha256(said.encode()).hexdigest()
     return found
 
 
 def _judged(
-    judge: Judge, recipe: RewardRecipe, tokenizer: Any, rows: Groups, ids: Sequence[str], folder: Path, key: str
+    judge: Judge, recipe: RewardRecipe, tokenizer: Any, rows: Groups, places: Sequence[str], folder: Path, key: str
 ) -> Mapping[str, float]:
     """The margins of the pairs that one model is to judge, from disk where they are there."""
     path = folder / f"{judge.member}-{judge.fold}.json"
@@ -147,12 +160,12 @@ def _judged(
     if made.stop.stopped:
         raise StoppedError(f"stopped on request in {name}; the same command goes on with the models before it")
     found = made.trainer.judge(Groups(rows.examples, [rows.items[i] for i in judge.held]))
-    margins = {ids[i]: j.margin for i, j in zip(judge.held, found, strict=True)}
+    margins = {places[i]: j.margin for i, j in zip(judge.held, found, strict=True)}
     del made
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    said = {"key": key, "trained": [ids[i] for i in judge.trained], "margins": margins}
+    said = {"key": key, "trained": [places[i] for i in judge.trained], "margins": margins}
     staged = path.with_suffix(".tmp")
     staged.write_text(json.dumps(said), "utf-8")
     staged.replace(path)
@@ -171,7 +184,7 @@ class WithMargins:
         read = read_set(record, self.source)
         if isinstance(read, tuple):
             return Outcome(problem=read)
-        found = self.margins.get(read.row.id)
+        found = self.margins.get(record.where)
         if found is None:
             return Outcome(dropped="too long, empty or identical, so not judged")
         against = {"pairs whose strength is below 0": float(sum(found) < 0)}
