@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from typing import get_args
 
-from po.prep.arguments import add_sources, add_step, end, parser, positive, running, sources
+from po.errors import UserError
+from po.prep.arguments import add_ray, add_sources, add_step, batched, end, parser, positive, running, sources
 from po.prep.inputs import open_inputs
 from po.prep.medoids import ENUMERATED
 from po.prep.select import Negatives, Rule, Unsure, Weights, most
-from po.prep.step import run_step
+from po.prep.step import BatchWork, Work, run_step
 from po.prep.uncertainty import Measure
 
 OPTIONS = {
@@ -39,6 +41,7 @@ def arguments() -> argparse.ArgumentParser:
     negatives.add_argument("--max-tokens", type=positive, default=512, help="of a text that is embedded")
     negatives.add_argument("--enumerated", type=int, default=ENUMERATED, help="opt_select: subsets to try at most")
     negatives.add_argument("--seed", type=int, default=0, help="of coreset's clusters")
+    add_ray(negatives)
     weights.add_argument("--alpha", type=float, default=1.0)
     weights.add_argument("--power", type=int, choices=(0, 1, 2), default=1, help="W-0, W-1, W-2")
     weights.add_argument("--signed", action="store_true", help="answers below the mean weigh less (REFA)")
@@ -49,6 +52,11 @@ def arguments() -> argparse.ArgumentParser:
     unsure.add_argument("--scale", type=float, default=1.0, help="entropy: rewards are multiplied by it")
     unsure.add_argument("--scores", default="scores", metavar="FIELD", help="each answer's numbers, one per scorer")
     return p
+
+
+def each(work: Work) -> BatchWork:
+    """One record after the other, by an actor that keeps the embedder."""
+    return lambda records: [work(record) for record in records]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -65,7 +73,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.budget is not None:
             records = islice((r for one in open_inputs(read) for r in one.records()), args.limit)
             work = dataclasses.replace(work, least=most(records, work, args.budget).least)
-    run_step(name, read, args.output, work, options=options, **running(args))
+    if getattr(args, "ray", None) is None:
+        run_step(name, read, args.output, work, options=options, **running(args))
+        return
+    if args.embedder is None:
+        raise UserError("--ray: is for --embedder; without a model --num-proc serves")
+    how = batched(args, partial(each, work))
+    run_step(name, read, args.output, options=options, **{**running(args), "num_proc": 1}, **how)
 
 
 if __name__ == "__main__":

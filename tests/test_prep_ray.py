@@ -118,6 +118,21 @@ def test_the_same_bytes_after_a_kill_and_one_load_per_actor(folder: Path) -> Non
     assert "error: the model is gone" in done.stderr
 
 
+@pytest.mark.slow
+def test_an_actor_that_dies_is_started_anew(folder: Path) -> None:
+    pytest.importorskip("ray.data", reason="the extra `ray` is not installed")
+    assert ran(folder, "here.jsonl").returncode == 0
+    (folder / "loads").unlink()
+    progress = folder / "ray.jsonl.progress.json"
+    process = subprocess.Popen(command(folder, "ray.jsonl", "--ray", "2"))
+    while process.poll() is None and not (progress.exists() and json.loads(progress.read_text())["position"]):
+        time.sleep(0.02)
+    assert process.returncode is None, "it ended before an actor could be killed"
+    os.kill(int(lines(folder / "loads")[0]), signal.SIGKILL)
+    assert process.wait() == 0
+    assert (folder / "ray.jsonl").read_bytes() == (folder / "here.jsonl").read_bytes()
+
+
 def test_without_ray_the_extra_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -155,6 +170,9 @@ def test_arguments() -> None:
         batched(p.parse_args(["--ray-gpus", "1"]), build)
     with pytest.raises(UserError, match="--ray-gpus: expected 0 or more"):
         batched(p.parse_args(["--ray", "1", "--ray-gpus", "-1"]), build)
+    p.add_argument("--teacher-url")
+    with pytest.raises(UserError, match="is asked by one machine"):
+        batched(p.parse_args(["--ray", "1", "--teacher-url", "http://x"]), build)
 
 
 def test_a_pool_is_asked_for_batches_of_readable_records(folder: Path) -> None:

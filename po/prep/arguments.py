@@ -68,7 +68,7 @@ def batched(args: argparse.Namespace, build: Callable[[], BatchWork]) -> dict[st
         if args.ray_gpus is not None or args.ray_address is not None:
             raise UserError("--ray-gpus and --ray-address go with --ray N")
         return {"batch_work": build()}
-    if getattr(args, "url", None) is not None:
+    if any(value is not None for name, value in vars(args).items() if name == "url" or name.endswith("_url")):
         raise UserError("--ray: is for models that are loaded; a --url is asked by one machine (--concurrency)")
     if args.ray_gpus is not None and args.ray_gpus < 0:
         raise UserError(f"--ray-gpus: expected 0 or more, got {args.ray_gpus:g}")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from po.data.read import Record
-from po.prep.arguments import positive, running, sources
+from po.prep.arguments import add_ray, batched, positive, running, sources
 from po.prep.chat import Chat, Dialogue, together
 from po.prep.chat_arguments import add_chat, chat_options
 from po.prep.contrast import Sampling
 from po.prep.prompts import Prompt
-from po.prep.step import run_step
+from po.prep.step import BatchWork, run_step
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,15 @@ def asking(
         f"contrast {args.kind}",
         sources(args),
         args.output,
-        batch_work=lambda records: together(model, [work(r) for r in records], [r.where for r in records]),
         options={**chat_options(args), **options},
+        **batched(args, partial(_asked, model, work)),
         **running(args),
     )
+
+
+def _asked(model: Chat, work: Callable[[Record], Dialogue]) -> BatchWork:
+    """A model here loads its weights when it is first asked, so in the actor that asks it."""
+    return lambda records: together(model, [work(r) for r in records], [r.where for r in records])
 
 
 def said(prompts: Iterable[Prompt]) -> dict[str, Any]:
@@ -50,6 +56,7 @@ _DEFAULT = Sampling()
 def add_asking(p: argparse.ArgumentParser, how: Sampling = _DEFAULT, required: bool = True) -> None:
     """The model, and how it is asked; how: the defaults."""
     add_chat(p, required)
+    add_ray(p)
     g = p.add_argument_group("asking")
     g.add_argument("--temperature", type=float, default=how.temperature)
     g.add_argument("--top-p", type=float, default=how.top_p)

@@ -38,7 +38,7 @@ class Local:
         loaded when first asked."""
         self.name, self._sequences = model, sequences
         self._spec = ModelSpec(model, dtype=dtype)  # type: ignore[arg-type]
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._wanted = device
         self._numbered = Numbered(model)
         quiet()
         self.tokenizer = load_tokenizer(self._spec)
@@ -48,6 +48,10 @@ class Local:
     def key(self) -> str:
         """The tokenizer's, as rows with token ids carry it."""
         return tokenizer_key(self.tokenizer)
+
+    @cached_property
+    def _device(self) -> str:
+        return self._wanted or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @cached_property
     def _net(self) -> Any:

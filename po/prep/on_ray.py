@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import socket
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ def _started(address: str | None) -> Any:
         token = "is Ray running there, and RAY_AUTH_MODE=token set here, with its token in ~/.ray/auth_token?"
         raise UserError(f"--ray-address {address}: no connection to a Ray cluster ({e}); {token}") from e
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # it counts reading tasks: one
     return ray
 
 
