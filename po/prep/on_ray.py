@@ -101,7 +101,7 @@ def _dataset(batches: Batches, how: OnRay) -> Any:
     read = ray.data.read_datasource(_datasource(batches), override_num_blocks=1, num_cpus=0, label_selector=label)
     return read.map_batches(
         _Worker,
-        fn_constructor_args=(how.build,),
+        fn_constructor_args=(how.build, os.getcwd()),
         batch_size=1,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=how.actors),
@@ -115,7 +115,10 @@ def _datasource(batches: Batches) -> Any:
     from ray.data import Datasource, ReadTask
     from ray.data.block import BlockMetadata
 
+    folder = os.getcwd()
+
     def read() -> Iterator[Any]:
+        os.chdir(folder)
         for one in batches():
             yield pa.table({"batch": [pickle.dumps(one)]})
 
@@ -133,8 +136,10 @@ def _datasource(batches: Batches) -> Any:
 class _Worker:
     """An actor. What is to be told to the user travels as a value; Ray would try again and wrap it."""
 
-    def __init__(self, build: Callable[[], BatchWork]) -> None:
+    def __init__(self, build: Callable[[], BatchWork], folder: str) -> None:
         self.failed: POError | None = None
+        if os.path.isdir(folder):  # what relative paths are relative to, where the machine has it
+            os.chdir(folder)
         try:
             self.work = build()
         except POError as e:
