@@ -3,7 +3,7 @@
     python -m po.sandbox build && python benchmarks/reward_models.py --out /tmp/rewards --seeds 0 1 2
 
 1200 pairs of the sandbox's scored answers to 400 questions, the rewards at least 0.1 apart; the labels of a fifth are
-turned over. Accuracy is over 1000 pairs of other questions with true labels. About five minutes a seed on one core.
+turned over. Accuracy is over 1000 pairs of other questions with true labels. About six minutes a seed on one core.
 """
 
 from __future__ import annotations
