@@ -13,8 +13,6 @@ from transformers import PrinterCallback, ProgressCallback
 
 from po.batch import Collate, wanted
 from po.callbacks import GracefulStop, NonFinite, Watchdog
-from po.checkpoint import check_same, newest_sound
-from po.errors import StoppedError
 from po.folder import RunLock, environment
 from po.gates import attach
 from po.hardening import keep_shm_clean, refuse_pickles
@@ -26,6 +24,7 @@ from po.process import arguments, keep_freed_memory, quiet, say
 from po.recipe import keep_checkpoints, resolved_text
 from po.ref_kinds import Reference
 from po.reference import build_reference
+from po.resume import run_to_end
 from po.rollout.assemble import build_rollouts, rewards_of
 from po.sharing import problem, share
 from po.spec import Recipe, RolloutSpec
@@ -193,18 +192,7 @@ def _write_run_files(folder: Path, recipe: Recipe, data: Data) -> None:
 def train(recipe: Recipe, notes: Sequence[str] = ()) -> None:
     """`po train`: build, train (or resume), save."""
     job = build(recipe, notes)
-    checkpoint = newest_sound(job.folder) if recipe.resume else None
-    if checkpoint is not None:
-        check_same(checkpoint, job.trainer.meta)
-        say(f"resuming from {checkpoint}")
-    elif recipe.resume:
-        say(f"{job.folder} holds no whole checkpoint: starting from the beginning")
-    job.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if job.stop.stopped:
-        raise StoppedError(
-            f"stopped on request and saved at step {job.trainer.state.global_step}; the same command with resume=true "
-            "goes on from there"
-        )
+    run_to_end(job.trainer, job.stop, job.folder, recipe.resume)
     save(job)
 
 

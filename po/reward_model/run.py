@@ -12,15 +12,14 @@ import torch
 from transformers import PrinterCallback, ProgressCallback
 
 from po.callbacks import GracefulStop, Watchdog
-from po.checkpoint import check_same, newest_sound
 from po.data.groups import Groups
-from po.errors import StoppedError
 from po.folder import RunLock, environment
 from po.hardening import keep_shm_clean, refuse_pickles
 from po.logs import MetricsFile, Progress
 from po.policy import load_tokenizer
 from po.process import arguments, quiet, say
 from po.recipe import keep_checkpoints
+from po.resume import run_to_end
 from po.reward_model import report
 from po.reward_model.data import facts, load_pairs, strengths
 from po.reward_model.evaluate import evaluate
@@ -60,18 +59,7 @@ def train(recipe: RewardRecipe, notes: Sequence[str] = ()) -> None:
         (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n", "utf-8")
         (folder / "data_report.json").write_text(json.dumps(pairs.to_json(), indent=2) + "\n", "utf-8")
     made = make(recipe, args, tokenizer, pairs.train, pairs.eval, pairs.prepared[0].key, folder)
-    checkpoint = newest_sound(folder) if recipe.resume else None
-    if checkpoint is not None:
-        check_same(checkpoint, made.trainer.meta)
-        say(f"resuming from {checkpoint}")
-    elif recipe.resume:
-        say(f"{folder} holds no whole checkpoint: starting from the beginning")
-    made.trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if made.stop.stopped:
-        raise StoppedError(
-            f"stopped on request and saved at step {made.trainer.state.global_step}; the same command with resume=true "
-            "goes on from there"
-        )
+    run_to_end(made.trainer, made.stop, folder, recipe.resume)
     judged = None if pairs.eval is None else made.trainer.judge(pairs.eval)
     _save(recipe, made.trainer, folder, tokenizer)
     if args.process_index == 0:
