@@ -14,7 +14,6 @@ from rich.console import Console
 
 from po.data.overlong import Limits
 from po.errors import UserError
-from po.policy import load_tokenizer
 from po.prep import arguments
 from po.prep.figures import histograms, statistics
 from po.prep.findings import DROPPABLE, LIMITS, findings, to_drop, to_json
@@ -83,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     sources, allow = arguments.sources(args), allowed(args.allow)
     tokenizer = None
     if args.model:
+        from po.policy import load_tokenizer
+
         tokenizer = load_tokenizer(ModelSpec(args.model, chat_template=args.chat_template))
     asked = Asked(
         [Source(path) for path in args.tests],

@@ -13,7 +13,6 @@ from po.errors import UserError
 from po.prep.arguments import add_ray, add_sources, add_step, batched, end, parser, positive, running, sources
 from po.prep.chat import together
 from po.prep.chat_arguments import add_chat, chat, chat_options
-from po.prep.local import Local
 from po.prep.sample import Draws, Sample, options
 from po.prep.step import BatchWork, run_step
 from po.spec import Source
@@ -89,6 +88,8 @@ def systems(args: argparse.Namespace) -> list[str]:
 
 def prepared(args: argparse.Namespace, how: Draws, source: Source) -> BatchWork:
     """The model loaded, and what is done with it."""
+    from po.prep.local import Local
+
     model = chat(args, args.output)
     work = Sample(source, how, model.name, model if isinstance(model, Local) else None)
     return lambda records: together(model, [work(r) for r in records], [r.where for r in records])

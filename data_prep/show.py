@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import get_args
 
 from po.data.overlong import Limits
-from po.policy import load_tokenizer
 from po.prep import arguments
 from po.prep.shown import shown
 from po.spec import ModelSpec, Overlong
@@ -28,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--max-prompt-length", type=arguments.positive)
     p.add_argument("--overlong", choices=get_args(Overlong), default="drop")
     args = p.parse_args(argv)
+    from po.policy import load_tokenizer
+
     tokenizer = load_tokenizer(ModelSpec(args.model, chat_template=args.chat_template))
     limits = Limits(args.max_length, args.max_prompt_length, args.overlong, least=1)
     for text in shown(arguments.sources(args), tokenizer, limits, args.ids, args.skip, args.limit):

@@ -17,6 +17,7 @@ from po.types import Head
 PairRule = Literal["best_vs_worst", "best_vs_random", "adjacent", "all", "margin"]
 Overlong = Literal["drop", "truncate_prompt", "truncate_response", "error"]
 RankOrder = Literal["lower_is_better", "higher_is_better"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ReferenceKind = Literal["cached", "frozen", "adapter_off"]
 ZeroVariance = Literal["keep", "drop", "refill"]
 Correction = Literal["none", "token", "sequence"]
@@ -26,7 +27,7 @@ Correction = Literal["none", "token", "sequence"]
 class ModelSpec:
     name_or_path: str  # a folder or a hub name
     revision: str | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as the checkpoint says
+    dtype: Dtype = "auto"  # auto: as the checkpoint says
     tokenizer: str | None = None  # a folder or a hub name; None: the model's
     chat_template: str | None = None  # a Jinja file that replaces the tokenizer's template
     adapter: str | None = None  # an SFT adapter that the run continues

@@ -97,7 +97,8 @@ def test_head_dpo(capsys: Capture) -> None:
     [
         (
             ["trian", "r.yaml"],
-            "po: there is no command 'trian'. Did you mean 'train'? Commands: train, check, sample, reward, heads, export",
+            "po: there is no command 'trian'. Did you mean 'train'? Commands: train, check, sample, reward, heads, "
+            "export",
         ),
         ([], "the following arguments are required: command"),
         (["train"], "po train: the following arguments are required: recipe"),

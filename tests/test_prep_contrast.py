@@ -591,6 +591,7 @@ def test_the_script_tells_nat_in_processes_and_into_parquet(tmp_path: Path) -> N
         ran("contrast", "nat", "--", "--thresholds", "2", "1", output=tmp_path / "n.jsonl", rows=labelled)
 
 
+@pytest.mark.slow
 def test_a_kill_pays_nothing_twice(tmp_path: Path) -> None:
     """Killed while it asks: with the same command the rows are those of a run left alone, each asked for once."""
     source = write(tmp_path / "in.jsonl", [r for i, r in enumerate(rows(200)) if i not in (3, 4, 5)])

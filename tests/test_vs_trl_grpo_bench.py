@@ -59,6 +59,7 @@ def test_a_side_runs(side: str, tmp_path: Path) -> None:
     assert all(1 <= length <= 6 for length in found["length"])
 
 
+@pytest.mark.slow
 def test_trls_trainer_makes_the_same_of_pos_samples(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     Setting(vocabulary=64, tokens=8, stop_every=16, learning_rate=5e-3, steps=4).make(tmp_path)

@@ -10,7 +10,7 @@ from po.errors import UserError
 from po.prep.arguments import positive
 from po.prep.chat import Chat
 from po.prep.partial import beside
-from po.rewards.models import Dtype
+from po.spec import Dtype
 
 JOURNAL = ".calls.jsonl"
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from po.errors import UserError
-from po.policy import load_tokenizer
 from po.prep.chat import Chat
 from po.prep.chat_arguments import chat
 from po.prep.judge import Judge
@@ -117,6 +116,8 @@ def ready(entries: Sequence[Entry], args: argparse.Namespace) -> Scorers:
     plain = [(e.place, e.spec) for e in entries if isinstance(e.spec, RewardSpec)]
     if plain:
         places, specs = zip(*plain, strict=True)
+        from po.policy import load_tokenizer
+
         tokenizer = None if args.tokenizer is None else load_tokenizer(ModelSpec(args.tokenizer))
         device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
         rewards = build_rewards(specs, tokenizer=tokenizer, device=device, where=places)

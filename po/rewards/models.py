@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt
@@ -23,11 +23,10 @@ from po.forest import Padded, pad
 from po.logprob import score
 from po.policy import load_frozen, load_tokenizer, plainly
 from po.rewards.cells import Call, Cell, Failure, cell, failed
-from po.spec import ModelSpec
+from po.spec import Dtype, ModelSpec
 from po.weights import locate, read_config, weight_files
 
 Coded = tuple[tuple[int, ...], tuple[int, ...]]  # prompt ids, response ids
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
