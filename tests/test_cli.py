@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from po.cli import main, separate
+from po.cli import main
 from po.endings import ending
 from po.errors import NumericsError, OutOfMemoryError, UserError, out_of_memory
 from po.heads import HEADS
+from po.words import separate
 
 ROOT = Path(__file__).parents[1]
 MINIMAL = "model: ./nowhere\ndata: pairs.jsonl\nloss: dpo\noutput_dir: runs/x\n"
