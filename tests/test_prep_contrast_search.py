@@ -82,6 +82,7 @@ def is_judging(ask: Ask) -> bool:
         ("Score: 6", None),
         ("Score: 45", None),
         ("Score: 4.5", None),
+        ("Score: .5", None),
         ("Score: 3/10", None),
         ("Score: 4\nor so", None),
         ("Score: 2\nScore: 3", None),

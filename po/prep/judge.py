@@ -6,7 +6,6 @@ only once, is none. It is asked for again with another seed; what is still missi
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from po.prep.judge_spec import JudgeSpec
 from po.prep.prompts import Prompt
 from po.prep.rows import ScoredSet
 from po.prep.step import Outcome
+from po.prep.verdicts import form, last_line
 from po.rewards.cells import text_of
 
 T = TypeVar("T")
@@ -36,16 +36,14 @@ class Lacking:
 Cell = float | Lacking | None  # None: the scorer does not apply to the answer
 Rounds = Generator[list[Ask], list[Answer], T]
 
-_DRESS = r"[\s*_`#>\[\]]*"  # what a judge may put around a marked line
-_SCORE = re.compile(rf"^{_DRESS}score{_DRESS}:{_DRESS}([-+]?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?{_DRESS}\.?{_DRESS}$", re.I)
-_VERDICT = re.compile(rf"^{_DRESS}verdict{_DRESS}:{_DRESS}(a|b|tie){_DRESS}\.?{_DRESS}$", re.I)
+_SCORE, _VERDICT = form("score", r"([-+]?\d+(?:\.\d+)?)(?:\s*/\s*(\d+))?"), form("verdict", "(a|b|tie)")
 
 
 def read_score(text: str, scale: tuple[float, float]) -> float | Lacking:
     """The number of a last line `Score: 7` or `Score: 7/10`."""
-    found = _last(_SCORE, text)
-    if isinstance(found, Lacking):
-        return found
+    found = last_line(_SCORE, text)
+    if isinstance(found, str):
+        return Lacking(found, _end(text))
     score = float(found[1])
     if not scale[0] <= score <= scale[1] or (found[2] is not None and float(found[2]) != scale[1]):
         return Lacking("outside the scale", _end(text))
@@ -54,17 +52,8 @@ def read_score(text: str, scale: tuple[float, float]) -> float | Lacking:
 
 def read_verdict(text: str) -> Verdict | Lacking:
     """What a last line `Verdict: A` says."""
-    found = _last(_VERDICT, text)
-    return found if isinstance(found, Lacking) else found[1].lower()  # type: ignore[return-value]
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | Lacking:
-    lines = [line for line in text.splitlines() if line.strip()]
-    found = [m for m in map(pattern.match, lines) if m is not None]
-    if len(found) > 1:
-        return Lacking("several verdicts", _end(text))
-    last = pattern.match(lines[-1]) if lines else None
-    return Lacking("no verdict on the last line", _end(text)) if last is None else last
+    found = last_line(_VERDICT, text)
+    return Lacking(found, _end(text)) if isinstance(found, str) else found[1].lower()  # type: ignore[return-value]
 
 
 def _end(text: str) -> str:

@@ -7,18 +7,29 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_DRESS = r"[\s*_`#>\"'\[\]().]*"  # what a judge may put around a marked line
-_VERDICT = re.compile(rf"^{_DRESS}verdict{_DRESS}:{_DRESS}(yes|no){_DRESS}$", re.IGNORECASE)
-_POINTS = re.compile(rf"^{_DRESS}score{_DRESS}:{_DRESS}([0-5])(?:\s*/\s*5)?{_DRESS}$", re.IGNORECASE)
+_DRESS = r"[\s*_`#>\"'\[\]()]*"  # what a judge may put around a marked line
+
+
+def form(mark: str, value: str) -> re.Pattern[str]:
+    """A line `MARK: VALUE`, whatever its case and dress; value: a regular expression with its own groups."""
+    return re.compile(rf"^{_DRESS}{mark}{_DRESS}:{_DRESS}{value}{_DRESS}\.?{_DRESS}$", re.IGNORECASE)
+
+
+_VERDICT, _POINTS = form("verdict", "(yes|no)"), form("score", r"([0-5])(?:\s*/\s*5)?")
+
+
+def last_line(pattern: re.Pattern[str], text: str) -> re.Match[str] | str:
+    """What the last line says, where the form stands there and nowhere else; otherwise why that is no verdict."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if sum(pattern.match(line) is not None for line in lines) > 1:
+        return "several verdicts"
+    return (pattern.match(lines[-1]) if lines else None) or "no verdict on the last line"
 
 
 def _only(pattern: re.Pattern[str], text: str) -> tuple[str, str] | None:
-    """What stands on the last line, in the form that was asked for and there alone; and what stands before it."""
-    lines = text.strip().splitlines()
-    found = [m for m in map(pattern.match, lines) if m is not None]
-    if len(found) != 1 or pattern.match(lines[-1]) is None:
-        return None
-    return found[0][1], "\n".join(lines[:-1]).strip()
+    """What the last line says, and what stands before it; None where it says nothing."""
+    found = last_line(pattern, text)
+    return None if isinstance(found, str) else (found[1], "\n".join(text.strip().splitlines()[:-1]).strip())
 
 
 def points(text: str) -> int | None:
