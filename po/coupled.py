@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from po.batch import Batch
 from po.behaviour import sampling_metrics
+from po.even import even
 from po.forward import Forward, Seen
 from po.logprob import Scores
 from po.metrics import Metric, preference_metrics, token_metrics
 from po.objective import Scope
 from po.pieces import Piece
-from po.ranks import gather, rank, ranks
+from po.ranks import rank, ranks
 from po.spec import Term
 from po.types import HeadInput
 from po.whole import Share, State, Whole, for_other_rows, moved, signals, whole
@@ -67,10 +68,7 @@ class Coupled:
 
     def even(self, batches: Sequence[Batch]) -> list[Batch]:
         """The same with as many pieces on every rank: ZeRO-3's forwards talk to each other."""
-        if not self._splits:
-            return list(batches)
-        most = [max(n) for n in zip(*gather([len(b.pieces) for b in batches]), strict=True)]
-        return [_with_pieces(b, n) for b, n in zip(batches, most, strict=True)]
+        return even(batches) if self._splits else list(batches)
 
     def work(self, model: nn.Module, batch: Batch, counts: Mapping[Scope, float]) -> Work:
         """What there is to do for this micro-batch. Every rank gets as many parts, each with a forward of its own."""
@@ -134,14 +132,6 @@ class Coupled:
         if any(self.states):
             flat = load_file(folder / _FILE)
             self.states = [{k: flat[f"{i}.{k}"].to(self._device) for k in s} for i, s in enumerate(self.states)]
-
-
-def _with_pieces(batch: Batch, n: int) -> Batch:
-    """The batch in n pieces, idle ones behind; n = 0: whole, as it is."""
-    if n == 0:
-        return batch
-    own = batch.pieces or (Piece(batch.stream, torch.arange(batch.stream.target_T.numel())),)
-    return replace(batch, pieces=own + (replace(own[-1], idle=True),) * (n - len(own)))
 
 
 def _everywhere(grads: Mapping[str, Tensor], batch: Batch) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from po.data.groups import Group
 from po.data.layout import items_of
 from po.data.rows import Example, Item
 from po.errors import UserError
+from po.even import even
 from po.forward import Forward
 from po.metrics import Metric
 from po.ranks import gather, rank, ranks
@@ -102,7 +103,7 @@ class Rollouts:
         """With what the policy of the round's start says of them: now, or when the checkpoint was saved."""
         known, self._before = self._before, None
         if known is None or known.round != number:
-            return [before.look(model, b, forward) for b in batches]
+            return [before.look(model, b, forward) for b in even(batches)]
         device = next(model.parameters()).device
         return [before.recalled(b, said, device) for b, said in zip(batches, known.said, strict=True)]
 
