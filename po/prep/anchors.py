@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from po.data.read import Record
@@ -73,8 +74,7 @@ class PURL:
         if self.anchor is not None and given is None:
             got = describe(read.fields.get(self.anchor, NOTHING))
             return Outcome(problem=Problem(record.where, self.anchor, "the anchor, as text", got))
-        counts: Counter[str] = Counter()
-        return (yield from settled(self._rows(read, given, counts), counts))
+        return (yield from settled(read, partial(self._rows, given)))
 
     def _given(self, read: ScoredSet) -> str | None:
         if self.anchor == "chosen" and read.row.chosen_first:
@@ -83,7 +83,7 @@ class PURL:
         return text if text and text.strip() else None
 
     def _rows(
-        self, read: ScoredSet, given: str | None, counts: Counter[str]
+        self, given: str | None, read: ScoredSet, counts: Counter[str]
     ) -> Generator[list[Ask], list[Answer], list[dict[str, Any]]]:
         task = as_text(read.row)
         anchor, candidates = yield from self._answers(read, given, counts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,16 +11,13 @@ from po.data.formats import CHOSEN, REJECTED, SET
 from po.data.read import Record
 from po.data.report import Problem
 from po.data.rows import Message, Row
-from po.data.wanted import Wanted
 from po.prep.chat import Answer, Ask
 from po.prep.pairing import lot, number_of
-from po.prep.rows import EVERYTHING, ScoredSet, read_set
+from po.prep.rows import PROMPTS, UNSCORED, ScoredSet, read_set
 from po.prep.step import Outcome
 from po.spec import Source
 
 Rounds = Generator[list[Ask], list[Answer], Any]
-_PROMPT = Wanted(prompts=True)
-_UNSCORED = replace(EVERYTHING, unscored=True)
 _OF_TOKENS = ("prompt_ids", "tokenizer")  # say nothing of answers that were not sampled with them
 
 
@@ -28,10 +25,14 @@ class Left(Exception):  # noqa: N818 - no error: why a row gives nothing
     """A row gives nothing, for this reason."""
 
 
-def settled(rounds: Generator[list[Ask], list[Answer], list[dict[str, Any]]], counts: Counter[str]) -> Rounds:
-    """A row's rounds to their Outcome: rows, or the reason of `Left`, and in both cases what was counted."""
+def settled(read: ScoredSet | tuple[Problem, ...], rounds: Callable[[ScoredSet, Counter[str]], Rounds]) -> Rounds:
+    """A row's rounds to their Outcome: rows, or the reason of `Left`, and in both cases what `rounds` counted; what is
+    wrong with a row that could not be read."""
+    if isinstance(read, tuple):
+        return Outcome(problem=read)
+    counts: Counter[str] = Counter()
     try:
-        rows = yield from rounds
+        rows = yield from rounds(read, counts)
     except Left as e:
         return Outcome(dropped=str(e), sums=counts)
     return Outcome(tuple(rows), sums=counts)
@@ -115,4 +116,4 @@ def read_answers(record: Record, source: Source) -> ScoredSet | tuple[Problem, .
     """A row whether or not its responses are scored; one without responses is a prompt."""
     data = record.data or {}
     some = any(data.get(source.columns.get(name, name)) for name in (*SET, *CHOSEN, *REJECTED))
-    return read_set(record, source, _UNSCORED if some else _PROMPT)
+    return read_set(record, source, UNSCORED if some else PROMPTS)

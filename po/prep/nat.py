@@ -15,11 +15,10 @@ from typing import Any, Literal
 from po.data.messages import ASSISTANT
 from po.data.prompts import Content
 from po.data.read import Record
-from po.data.wanted import Wanted
 from po.prep.asking import Left, plain
 from po.prep.contrast import apart
 from po.prep.prompts import Prompt
-from po.prep.rows import EVERYTHING, ScoredSet, read_set
+from po.prep.rows import EVERYTHING, PROMPTS, ScoredSet, read_set
 from po.prep.step import Outcome
 from po.spec import Source
 
@@ -39,7 +38,7 @@ class Tell:
 
     def __call__(self, record: Record) -> Outcome:
         """A row per answer; for inference one without answers."""
-        read = read_set(record, self.source, Wanted(prompts=True) if self.inference else EVERYTHING)
+        read = read_set(record, self.source, PROMPTS if self.inference else EVERYTHING)
         if isinstance(read, tuple):
             return Outcome(problem=read)
         counts = Counter[str]()

@@ -105,8 +105,7 @@ class Steps:
             if read.fields.get(name) is None:
                 got = describe(read.fields.get(name, NOTHING))
                 return Outcome(problem=Problem(record.where, name, "what the verifier compares with", got))
-        counts: Counter[str] = Counter()
-        return (yield from settled(self._rows(read, counts), counts))
+        return (yield from settled(read, self._rows))
 
     def _rows(self, read: ScoredSet, counts: Counter[str]) -> Generator[list[Ask], list[Answer], list[dict[str, Any]]]:
         wrong, solutions = self._told_apart(read, counts)

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from po.data.read import Record
-from po.data.wanted import Wanted
 from po.prep.asking import Left, Rounds, complete, conversation, said, settled, written
 from po.prep.chat import Answer, Ask, Reply
 from po.prep.contrast import Sampling, after, contrast, whole
 from po.prep.contrast_prompts import POPALIGN
 from po.prep.prompts import Prompt
-from po.prep.rows import ScoredSet, read_set
+from po.prep.rows import PROMPTS, ScoredSet, read_set
 from po.prep.second import Second
-from po.prep.step import Outcome
 from po.prep.texts import Tests, normal
 from po.spec import Source
 
@@ -49,11 +47,7 @@ class PopAlign:
 
     def __call__(self, record: Record) -> Rounds:
         """One or two rounds of requests, at most one row per strategy."""
-        read = read_set(record, self.source, Wanted(prompts=True))
-        if isinstance(read, tuple):
-            return Outcome(problem=read)
-        counts = Counter[str]()
-        return (yield from settled(self._rounds(read, counts), counts))
+        return settled(read_set(record, self.source, PROMPTS), self._rounds)
 
     def _rounds(self, read: ScoredSet, counts: Counter[str]) -> Rounds:
         talk = conversation(read.row)

@@ -17,7 +17,6 @@ from po.prep.contrast import Sampling, after, contrast, one_text
 from po.prep.distance import edited, jaccard
 from po.prep.prompts import Prompt
 from po.prep.rows import ScoredSet, read_set
-from po.prep.step import Outcome
 from po.prep.texts import normal
 from po.spec import Source
 
@@ -47,11 +46,7 @@ class Revise:
 
     def __call__(self, record: Record) -> Rounds:
         """One request, at most one row."""
-        read = read_set(record, self.source)
-        if isinstance(read, tuple):
-            return Outcome(problem=read)
-        counts = Counter[str]()
-        return (yield from settled(self._rounds(read, counts), counts))
+        return settled(read_set(record, self.source), self._rounds)
 
     def _rounds(self, read: ScoredSet, counts: Counter[str]) -> Rounds:
         better, worse = (None, worst(read)) if self.kind == "clair" else both(read)

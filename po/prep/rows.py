@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from po.data.facts import CONTENT, SCORE
@@ -23,6 +23,8 @@ from po.spec import Source
 
 WANTED = Wanted(unlabelled=True, single=True)  # whatever a row may say of its labels and rewards
 EVERYTHING = Wanted(unlabelled=True, single=True, embedding=True, prompt_embedding=True, teacher=True, privileged=True)
+UNSCORED = replace(EVERYTHING, unscored=True)  # the same of answers that are yet to be scored
+PROMPTS = Wanted(prompts=True)
 _SCORES = tuple(p.format(s) for p in PAIR_SCORES for s in ("chosen", "rejected"))
 # Unread in the record, but read where they stand in a row of po: kept under `original`.
 _MOVED = {*CHOSEN, *REJECTED, *REWARDS, *RANKS, *LABELS, *OTHERS, *SET, *ONE, *_SCORES} - {"answer", "response"}

@@ -17,7 +17,6 @@ from po.data.formats import convert
 from po.data.overlong import Limits
 from po.data.read import Record
 from po.data.sources import open_sources
-from po.data.wanted import Wanted
 from po.errors import UserError, suggest
 from po.prep import near
 from po.prep.batches import records
@@ -27,7 +26,7 @@ from po.prep.inputs import open_inputs
 from po.prep.kept import Kept
 from po.prep.measure import Measure
 from po.prep.pool import in_order
-from po.prep.rows import WANTED
+from po.prep.rows import PROMPTS, WANTED
 from po.prep.step import Outcome
 from po.prep.texts import Tests, asked_of
 from po.spec import Source
@@ -62,7 +61,7 @@ def missing(asked: Asked) -> list[str]:
 
 def read_tests(sources: Sequence[Source], ngram: int) -> Tests:
     """The prompts of test sets. Raises UserError where a row has none."""
-    tests, wanted = Tests(ngram), Wanted(prompts=True)
+    tests, wanted = Tests(ngram), PROMPTS
     for one in open_sources(sources, "test"):
         for record in one.records():
             done = convert(record, one.source, wanted)

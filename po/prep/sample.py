@@ -7,23 +7,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from po.data.read import Record
 from po.data.report import Problem
 from po.data.rows import Row
-from po.data.wanted import Wanted
 from po.prep.asking import said, seeded
 from po.prep.chat import TEXT, Answer, Ask, Dialogue, Reply
 from po.prep.pairing import lot, number_of
-from po.prep.rows import EVERYTHING, ScoredSet, read_set, text_of
+from po.prep.rows import PROMPTS, UNSCORED, ScoredSet, read_set, text_of
 from po.prep.sample_distinct import Distinct
 from po.prep.sample_rows import Drawn, Encoding, Messages, make_row, with_system
 from po.prep.step import Outcome
 from po.spec import Source
-
-_PROMPT, _UNSCORED = Wanted(prompts=True), replace(EVERYTHING, unscored=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +95,9 @@ class Sample:
         return Outcome(tuple(rows), sums={k: n for k, n in counts.items() if n})
 
     def _read(self, record: Record) -> ScoredSet | tuple[Problem, ...]:
-        read = read_set(record, self.source, _PROMPT)
+        read = read_set(record, self.source, PROMPTS)
         if self.draws.add and isinstance(read, ScoredSet) and read.answers:
-            return read_set(record, self.source, _UNSCORED)
+            return read_set(record, self.source, UNSCORED)
         return read
 
     def _prompt(self, row: Row) -> Messages | Problem:

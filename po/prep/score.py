@@ -14,7 +14,7 @@ from po.data.read import Record
 from po.data.report import NOTHING, Problem
 from po.prep.judge import Cell, Lacking, judged
 from po.prep.merge import Merging, merge
-from po.prep.rows import EVERYTHING, ScoredSet, read_set
+from po.prep.rows import UNSCORED, ScoredSet, read_set
 from po.prep.scorers import GIVEN, Entry, Scorers, ready
 from po.prep.step import Outcome
 from po.rewards import Rewards, Scored
@@ -24,7 +24,6 @@ from po.spec import Source
 Missing = Literal["bad", "drop-row", "drop-response"]
 Given = Literal["refuse", "keep", "merge", "replace"]
 
-_WANTED = replace(EVERYTHING, unscored=True)
 _OURS = ("prompt", "completion", "completions", "completion_ids")
 _KINDS = (*get_args(Kind), "none")
 
@@ -88,7 +87,7 @@ class Score:
         return [self._outcome(w) if isinstance(w, _Work) else w for w in read]
 
     def _read(self, record: Record) -> _Work | Outcome:
-        found = read_set(record, self._source, _WANTED)
+        found = read_set(record, self._source, UNSCORED)
         if isinstance(found, tuple):
             return Outcome(problem=found)
         own = [r.reward for r in found.row.responses]

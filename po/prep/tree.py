@@ -30,7 +30,6 @@ from po.prep.prompts import Prompt
 from po.prep.revise import fitted
 from po.prep.rows import ScoredSet
 from po.prep.search_prompts import SPAR_JUDGE, SPAR_REFINE
-from po.prep.step import Outcome
 from po.prep.verdicts import Vote
 from po.spec import Source
 
@@ -80,11 +79,7 @@ class Spar:
 
     def __call__(self, record: Record) -> Rounds:
         """Rounds of requests, and at their end the Outcome."""
-        read = read_answers(record, self.source)
-        if isinstance(read, tuple):
-            return Outcome(problem=read)
-        counts: Counter[str] = Counter()
-        return (yield from settled(self._rows(read, counts), counts))
+        return settled(read_answers(record, self.source), self._rows)
 
     def _rows(self, read: ScoredSet, counts: Counter[str]) -> Generator[list[Ask], list[Answer], list[dict[str, Any]]]:
         task = as_text(read.row)
